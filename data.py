@@ -1,0 +1,265 @@
+"""Token files on disk, and the batches drawn from them.
+
+A data set is a folder: train.bin and val.bin (raw little-endian ids, no header, as nanoGPT has
+them), tokenizer.json, and meta.json. meta.json is written last: a folder without it holds none.
+
+    from data import BatchSampler, TokenDataset
+    dataset = TokenDataset("data/shakespeare")
+    x, y = BatchSampler(dataset.train, block_size=64, batch_size=12, seed=1337).batch(step=0)
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT = 1  # of meta.json; raised when an older reader would misread a newer data set
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_dataset(data_dir, splits, tokenizer, sources=(), settings=None) -> dict:
+    """Write a data set whole or not at all, and return its meta.
+
+    splits: {"train": iterable of (ids (N,), bytes of the text behind them), "val": ...}, streamed.
+    Every file is first written aside; an earlier data set stays intact until all are on disk.
+    Raises OSError with exit_code 4 where the disk refuses.
+    """
+    data_dir = Path(data_dir)
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    meta = {
+        "format": FORMAT,
+        "dtype": dtype,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.hash()},
+        "splits": {},
+        "sources": list(sources),
+        "settings": dict(settings or {}),
+    }
+    with _written_aside(data_dir) as aside:
+        for split, pieces in splits.items():
+            meta["splits"][split] = _write_tokens(aside(f"{split}.bin"), pieces, DTYPES[dtype])
+        tokenizer.save(aside("tokenizer.json"))
+        aside("meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False), "utf-8")
+    return meta
+
+
+@contextlib.contextmanager
+def _written_aside(folder):
+    """Give temporary names in folder; at the end move all to their places, meta.json last."""
+    names = []
+
+    def aside(name):
+        names.append(name)
+        return folder / f".{name}.tmp"
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield aside
+        for name in names:
+            with open(folder / f".{name}.tmp", "rb+") as file:
+                os.fsync(file.fileno())
+        (folder / "meta.json").unlink(missing_ok=True)  # a half-replaced data set is none
+        for name in names:
+            os.replace(folder / f".{name}.tmp", folder / name)
+        _fsync_folder(folder)
+    except OSError as error:
+        error.exit_code = getattr(error, "exit_code", 4)
+        raise
+    finally:
+        for name in names:
+            (folder / f".{name}.tmp").unlink(missing_ok=True)
+
+
+def _fsync_folder(folder):
+    """Make renames survive a power cut, where the operating system can (Windows cannot)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_tokens(path, pieces, dtype):
+    digest, tokens, text_bytes = hashlib.sha256(), 0, 0
+    with open(path, "wb") as file:
+        for ids, n_bytes in pieces:
+            raw = np.ascontiguousarray(ids, dtype=dtype).tobytes()
+            file.write(raw)
+            digest.update(raw)
+            tokens, text_bytes = tokens + len(ids), text_bytes + n_bytes
+    return {"tokens": tokens, "bytes": text_bytes, "sha256": digest.hexdigest()}
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_meta(data_dir) -> dict | None:
+    """The meta.json of a data set, None where there is no data set; ValueError if it is damaged."""
+    path = Path(data_dir) / "meta.json"
+    if not path.exists():
+        return None
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+        if meta["format"] > FORMAT:
+            raise ValueError(f"{path} has format {meta['format']}, this code reads {FORMAT}")
+        for split in ("train", "val"):
+            if not isinstance(meta["splits"][split]["tokens"], int):
+                raise TypeError(split)
+        _ = DTYPES[meta["dtype"]], meta["tokenizer"]["sha256"], int(meta["vocab_size"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}); "
+            "prepare the data set again with --overwrite"
+        ) from None
+    return meta
+
+
+class TokenDataset:
+    """A prepared data set: `meta`, and `train` and `val` as memory-mapped ids (N,).
+
+    Raises FileNotFoundError where there is none, ValueError where a file is not as meta.json says.
+    """
+
+    def __init__(self, data_dir):
+        self.data_dir = Path(data_dir)
+        self.meta = read_meta(self.data_dir)
+        if self.meta is None:
+            raise FileNotFoundError(
+                f"no data set in {self.data_dir}; make one with "
+                "`python prepare_data.py --dataset shakespeare` or name another with --data_dir"
+            )
+        self.vocab_size = self.meta["vocab_size"]
+        self.tokenizer_path = self.data_dir / "tokenizer.json"
+        self.train = self._open("train")
+        self.val = self._open("val")
+
+    @property
+    def hash(self) -> str:
+        """sha256 over both splits and the tokenizer; what a checkpoint remembers of its data."""
+        parts = [self.meta["splits"][split]["sha256"] for split in ("train", "val")]
+        parts.append(self.meta["tokenizer"]["sha256"])
+        return hashlib.sha256(":".join(parts).encode()).hexdigest()
+
+    def _open(self, split):
+        path = self.data_dir / f"{split}.bin"
+        dtype, tokens = DTYPES[self.meta["dtype"]], self.meta["splits"][split]["tokens"]
+        expected, found = tokens * dtype.itemsize, path.stat().st_size
+        if expected != found:
+            raise ValueError(
+                f"{path} has {found:,} bytes, meta.json says {expected:,} ({tokens:,} tokens); "
+                "prepare the data set again with --overwrite"
+            )
+        if tokens == 0:
+            return np.empty(0, dtype)
+        return np.memmap(path, dtype=dtype, mode="r")
+
+    def require(self, block_size):
+        """ValueError unless both splits hold at least one window of block_size + 1 tokens."""
+        problems = [
+            f"{split} has {len(tokens):,} tokens, needs {block_size + 1:,} "
+            f"(--block_size {block_size}); use a smaller --block_size or prepare more text"
+            for split, tokens in (("train", self.train), ("val", self.val))
+            if len(tokens) < block_size + 1
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+# ---------------------------------------------------------------- batches
+
+
+def windows_at(tokens, starts, block_size, vocab_size=None):
+    """Inputs and targets, int64 (len(starts), block_size) each, of the windows at `starts`.
+
+    Raises ValueError naming value and position of an id >= vocab_size.
+    """
+    window = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
+    if vocab_size is not None and window.max() >= vocab_size:
+        row, column = np.argwhere(window >= vocab_size)[0]
+        raise ValueError(
+            f"token id {window[row, column]} at position {starts[row] + column} of the data is not "
+            f"below vocab_size {vocab_size}; prepare the data set again with --overwrite"
+        )
+    window = torch.from_numpy(window)  # (B, T + 1)
+    return window[:, :-1], window[:, 1:]  # (B, T), (B, T)
+
+
+class BatchSampler:
+    """Training batches as a pure function of (seed, step, micro-step), so that resuming needs only
+    the step.
+
+    An epoch cuts the split, at a seeded offset, into windows of block_size targets that do not
+    overlap, and visits each exactly once in a seeded order. The batch of all processes is drawn
+    first and sliced by rank: how many processes share it changes nothing about the data.
+    gradient_accumulation_steps counts the micro-batches of a step over all processes.
+    """
+
+    def __init__(
+        self,
+        tokens,
+        block_size: int,
+        batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        seed: int = 1337,
+        rank: int = 0,
+        world_size: int = 1,
+        vocab_size: int | None = None,
+    ):
+        if len(tokens) < block_size + 1:
+            raise ValueError(f"{len(tokens)} tokens, needs {block_size + 1} (--block_size)")
+        assert gradient_accumulation_steps % world_size == 0
+        self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
+        self.batch_size, self.seed = batch_size, seed
+        self.accumulation = gradient_accumulation_steps
+        self.rank, self.world_size = rank, world_size
+        # the same number of windows whatever an epoch's offset turns out to be
+        self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
+        self._epochs = {}  # epoch -> (offset, order); the newest few
+
+    def global_micro_step(self, micro_step: int) -> int:
+        """This process's micro_step, counted over all processes."""
+        return micro_step * self.world_size + self.rank
+
+    def starts(self, step: int, micro_step: int = 0) -> list[int]:
+        """Where in the split the windows of one micro-batch of this process begin."""
+        position = step * self.accumulation + self.global_micro_step(micro_step)
+        first = position * self.batch_size
+        return [self._start(index) for index in range(first, first + self.batch_size)]
+
+    def batch(self, step: int, micro_step: int = 0):
+        """Inputs and targets of one micro-batch, int64 (batch_size, block_size) each."""
+        starts = self.starts(step, micro_step)
+        return windows_at(self.tokens, starts, self.block_size, self.vocab_size)
+
+    def _start(self, index):
+        epoch, window = divmod(index, self.windows_per_epoch)
+        offset, order = self._epoch(epoch)
+        return offset + int(order[window]) * self.block_size
+
+    def _epoch(self, epoch):
+        if epoch not in self._epochs:
+            generator = np.random.default_rng([self.seed, epoch])
+            slack = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
+            offset = int(generator.integers(min(slack, self.block_size - 1) + 1))
+            order = np.arange(self.windows_per_epoch, dtype=np.uint32)
+            generator.shuffle(order)
+            if len(self._epochs) >= 2:
+                self._epochs.pop(min(self._epochs))
+            self._epochs[epoch] = offset, order
+        return self._epochs[epoch]
+
+
+def validation_starts(tokens, block_size: int, max_windows: int | None = None) -> np.ndarray:
+    """Starts (W,) of fixed windows that do not overlap, spread evenly over the whole split."""
+    windows = (len(tokens) - 1) // block_size
+    if max_windows is None or max_windows >= windows:
+        return np.arange(windows) * block_size
+    return np.arange(max_windows) * windows // max_windows * block_size

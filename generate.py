@@ -1,0 +1,494 @@
+"""Model and prompt in, text out.
+
+    python generate.py --prompt "To be"
+    python generate.py --interactive
+    python generate.py --prompts_file prompts.txt --output samples.txt --temperature 0.7
+
+From Python: `from generate import batch_generate; batch_generate(prompts, "samples.txt")`.
+Shapes: B rows (a prompt or one of its samples each), T time, V vocabulary, K candidates.
+"""
+
+import contextlib
+import math
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from config import DTYPES
+from convert import load_model
+from model import KVCache, context_start
+from tokenizer import StreamDecoder
+from utils import ArgumentParser, derived_seed, log, run
+
+SEPARATOR = "---\n"  # between texts, where there are several
+CONTROLS = set(range(32)) - {ord("\n"), ord("\t")} | set(range(127, 160))
+ESCAPES = {code: f"\\x{code:02x}" for code in CONTROLS}
+
+
+@dataclass
+class Sampling:
+    """How text is drawn; every field is a flag and can be /set."""
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = 200
+    top_p: float | None = None
+    stop: str | None = None
+    num_samples: int = 1
+    seed: int = 1337
+
+
+MEANINGS = {
+    "max_new_tokens": "tokens to add to the prompt",
+    "temperature": "below 1 safer, above 1 wilder, 0 always the most likely token",
+    "top_k": "choose among so many most likely tokens",
+    "top_p": "choose among the most likely tokens that together have this probability",
+    "stop": "end before this text",
+    "num_samples": "texts a prompt",
+    "seed": "the same seed gives the same text",
+}
+LIMITS = {  # setting: type, check, and the check in words
+    "max_new_tokens": (int, lambda v: v >= 0, "a whole number, 0 or more"),
+    "temperature": (float, lambda v: 0 <= v < math.inf, "a number, 0 or more"),
+    "top_k": (int, lambda v: v >= 1, "a whole number, 1 or more, or none"),
+    "top_p": (float, lambda v: 0 < v <= 1, "a number in (0, 1], or none"),
+    "stop": (str, lambda v: v != "", "some text, or none"),
+    "num_samples": (int, lambda v: v >= 1, "a whole number, 1 or more"),
+    "seed": (int, lambda v: v >= 0, "a whole number, 0 or more"),
+}
+OPTIONAL = ("top_k", "top_p", "stop")  # None: off
+
+
+def problems(settings: dict) -> list[str]:
+    """A line for each setting that is out of range."""
+    return [
+        f"--{name} {value}: must be {LIMITS[name][2]}"
+        for name, value in settings.items()
+        if not (value is None and name in OPTIONAL) and not LIMITS[name][1](value)
+    ]
+
+
+def parse_settings(texts: dict[str, str]) -> tuple[dict, list[str]]:
+    """Values from the texts of flags or of /set, and a line for each that is not allowed."""
+    values, found = {}, []
+    for name, text in texts.items():
+        kind, _, limit = LIMITS[name]
+        try:
+            off = name in OPTIONAL and text.lower() == "none"
+            values[name] = None if off else kind(text)
+        except ValueError:
+            found.append(f"--{name} {text}: must be {limit}")
+    return values, found + problems(values)
+
+
+def describe(sampling: Sampling) -> str:
+    """The settings in force, on one line."""
+    settings = vars(sampling).items()
+    return ", ".join(f"{name} {'none' if value is None else value}" for name, value in settings)
+
+
+# ---------------------------------------------------------------- choosing a token
+
+
+def sample(logits, uniform, temperature=1.0, top_k=None, top_p=None):
+    """Token ids (B,) from logits (B, V) and one number in [0, 1) a row (B,)."""
+    if temperature < 1e-6:  # 0, or so near it that float32 could not tell
+        return logits.argmax(dim=-1)
+    values, ids = most_likely(logits, top_k)  # (B, K), (B, K)
+    chosen = draw(probabilities(values, temperature, top_p), uniform)  # (B,)
+    return ids.gather(1, chosen[:, None])[:, 0]  # (B,)
+
+
+def most_likely(logits, top_k=None):
+    """The largest top_k logits of each row, descending, and their ids: (B, K) and (B, K)."""
+    if top_k is None or top_k >= logits.shape[-1]:
+        return logits.sort(dim=-1, descending=True, stable=True)
+    return logits.topk(top_k, dim=-1)
+
+
+def probabilities(values, temperature=1.0, top_p=None):
+    """Probabilities (B, K) from descending logits (B, K).
+
+    top_p keeps the smallest set of most likely tokens whose probability reaches it (nucleus
+    sampling, Holtzman et al. 2020); what is left out gets 0, and the rest is not scaled up again.
+    """
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    values = values - values[:, :1]  # the largest is 0, so that no temperature overflows
+    p = torch.softmax(values / temperature, dim=-1)  # (B, K)
+    if top_p is not None:
+        before = p.cumsum(dim=-1) - p  # probability of all that is more likely
+        p = torch.where(before < top_p, p, 0)
+    return p
+
+
+def draw(p, uniform):
+    """The column (B,) at which the running sum of p (B, K) passes uniform (B,) of its total.
+
+    One number decides, and the most likely come first: CPU and GPU choose alike.
+    """
+    passed = p.cumsum(dim=-1)  # (B, K)
+    target = uniform[:, None].to(p.dtype) * passed[:, -1:]  # (B, 1)
+    return ((passed[:, :-1] <= target) & (p[:, 1:] > 0)).sum(dim=-1)
+
+
+def uniform_numbers(seed, samples, device):
+    """Endlessly, a number in [0, 1) for each row: (B,).
+
+    They follow from the seed and the sample's number, not from the row in the batch, so that a
+    prompt gets the same text in any company, on any device.
+    """
+    generators = [torch.Generator().manual_seed(derived_seed(seed, n)) for n in samples]
+    while True:
+        block = torch.stack([torch.rand(256, generator=g) for g in generators], dim=1)  # (256, B)
+        yield from block.to(device)
+
+
+# ---------------------------------------------------------------- tokens
+
+
+@torch.inference_mode()
+def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=True):
+    """Yield, token by token, each row's new id; None once the row has met eot_id.
+
+    prompts: B lists of ids, none empty, of any lengths; samples: the number of each row's sample.
+    Ends after max_new_tokens, or when every row has ended. With or without the cache the text is
+    the same, also where it outgrows block_size (context_start says what the model then sees).
+    """
+    tokens = [list(prompt) for prompt in prompts]
+    device = next(model.parameters()).device
+    uniform = uniform_numbers(sampling.seed, samples or [0] * len(tokens), device)
+    cache = new_cache(model, len(tokens)) if use_cache else None
+    ended, new = [False] * len(tokens), None
+    for step in range(sampling.max_new_tokens):
+        if cache is not None and step > 0:
+            logits = model(new[:, None], cache=cache)[0][:, -1]  # (B, V)
+        else:
+            logits = window_logits(model, tokens, cache)  # (B, V)
+        new = sample(logits, next(uniform), sampling.temperature, sampling.top_k, sampling.top_p)
+        ids = new.tolist()
+        for row, token in enumerate(ids):
+            tokens[row].append(token)
+            ended[row] = ended[row] or token == eot_id
+        yield [None if over else token for token, over in zip(ids, ended, strict=True)]
+        if all(ended):
+            return
+
+
+def new_cache(model, rows):
+    """A cache in the type that the model's keys and values will have."""
+    weight = next(model.parameters())
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return KVCache(model.config, rows, weight.device, dtype)
+
+
+def window_logits(model, tokens, cache=None):
+    """Logits (B, V) for the token after each row, from as much of the row as the model sees.
+
+    Shorter rows are padded on the right, where no earlier token looks; an empty cache is filled.
+    """
+    block_size = model.config.block_size
+    windows = [row[context_start(len(row), block_size) :] for row in tokens]
+    lengths = [len(window) for window in windows]
+    padded = [window + [0] * (max(lengths) - len(window)) for window in windows]
+    idx = torch.tensor(padded, device=next(model.parameters()).device)  # (B, T)
+    logits, _ = model(idx, cache=cache)  # (B, T, V)
+    if cache is not None:
+        cache.truncate(lengths)
+    return logits[range(len(lengths)), [length - 1 for length in lengths]]
+
+
+# ---------------------------------------------------------------- text
+
+
+class TextRow:
+    """One row's text as its tokens come in, ended before the stop text."""
+
+    def __init__(self, tokenizer, stop=None):
+        self.decoder, self.stop = StreamDecoder(tokenizer), stop
+        self.held = ""  # may be the beginning of the stop text
+        self.done = False
+
+    def push(self, token: int | None) -> str:
+        """The text that is certain after one more token; None is the row's end."""
+        if token is None:
+            return self.finish()
+        return "" if self.done else self._release(self.decoder.push(token))
+
+    def finish(self) -> str:
+        """The rest: nothing follows that could make it the stop text."""
+        if self.done:
+            return ""
+        text = self._release(self.decoder.flush()) + self.held
+        self.held, self.done = "", True
+        return text
+
+    def _release(self, new):
+        text, stop = self.held + new, self.stop or ""
+        if stop and stop in text:
+            self.held, self.done = "", True
+            return text[: text.index(stop)]
+        longest = min(len(text), len(stop) - 1)
+        hold = next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+        self.held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def stream_text(model, tokenizer, prompts, sampling, samples=None):
+    """Yield, token by token, the new text of each prompt; all joined, it is the continuation."""
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    block_size = model.config.block_size
+    for length in sorted({len(row) for row in ids if len(row) > block_size}):
+        seen = length - context_start(length, block_size)
+        log(f"a prompt of {length} tokens is cropped to its last {seen} (block_size {block_size})")
+    rows = [TextRow(tokenizer, sampling.stop) for _ in prompts]
+    for new in generate_ids(model, ids, sampling, samples, tokenizer.eot_id):
+        yield [row.push(token) for row, token in zip(rows, new, strict=True)]
+        if all(row.done for row in rows):
+            return
+    yield [row.finish() for row in rows]
+
+
+def prompt_ids(tokenizer, prompt) -> list[int]:
+    """The prompt's ids; for an empty one a token after which a text may begin, never printed."""
+    ids = tokenizer.encode(prompt)
+    if not ids and tokenizer.eot_id is not None:
+        ids = [tokenizer.eot_id]
+    if not ids:
+        with contextlib.suppress(ValueError):  # a vocabulary of characters may lack the newline
+            ids = tokenizer.encode("\n")
+    return ids or [0]
+
+
+def check_prompts(tokenizer, prompts):
+    """ValueError with a line for each prompt that cannot be encoded, before any work is done."""
+    found = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            tokenizer.encode(prompt)
+        except ValueError as error:
+            found.append(f"prompt {number}: {error}")
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def generate_texts(model, tokenizer, prompts, sampling, batch_size=16):
+    """Yield each prompt with its continuation, num_samples times, in the order of the prompts."""
+    check_prompts(tokenizer, prompts)
+    work = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
+    for start in range(0, len(work), batch_size):
+        some, samples = zip(*work[start : start + batch_size], strict=True)
+        pieces = stream_text(model, tokenizer, some, sampling, samples)
+        yield from ("".join(parts) for parts in zip(some, *pieces, strict=True))
+
+
+def sample_text(model, tokenizer, prompt, max_new_tokens=200, **settings) -> str:
+    """The prompt and its continuation; leaves the model's mode and all random states alone.
+
+    settings: fields of Sampling.
+    """
+    sampling = Sampling(max_new_tokens, **settings)
+    was_training = model.training
+    model.eval()
+    try:
+        return next(generate_texts(model, tokenizer, [prompt], sampling))
+    finally:
+        model.train(was_training)
+
+
+def batch_generate(
+    prompts,
+    output_file=None,
+    checkpoint=None,
+    *,
+    batch_size=16,
+    device=None,
+    dtype=None,
+    **settings,
+) -> list[str]:
+    """Continue many prompts, batch_size at a time; write the texts to output_file if it is given.
+
+    settings: fields of Sampling (max_new_tokens, temperature, top_k ...). Returns the texts, prompt
+    and continuation, num_samples a prompt, in the order of the prompts: each the text that its
+    prompt would get alone. Raises ValueError for settings out of range, CheckpointError where there
+    is no usable checkpoint, OSError with exit_code 4 where the file cannot be written.
+    """
+    sampling = Sampling(**settings)
+    if found := problems(vars(sampling)):
+        raise ValueError("\n".join(found))
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    model, tokenizer = load_model(checkpoint, device, dtype)
+    texts = generate_texts(model, tokenizer, prompts, sampling, batch_size)
+    return list(texts) if output_file is None else write_texts(output_file, texts)
+
+
+def write_texts(path, texts) -> list[str]:
+    """Write texts to path as they come, aside, and rename at the end; return them."""
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--output {path}: there is something else than a file")
+    aside, written = path.with_name(f".{path.name}.tmp"), []
+    try:
+        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+            for text in texts:
+                file.write(f"{SEPARATOR if written else ''}{text}\n")
+                written.append(text)
+        os.replace(aside, path)
+    except OSError as error:
+        error.exit_code = 4
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+    log(f"wrote {len(written)} texts to {path}")
+    return written
+
+
+# ---------------------------------------------------------------- the terminal
+
+
+def show(text: str):
+    """Text on stdout at once; what would steer a terminal is shown as \\x1b instead."""
+    if text:
+        text = text.translate(ESCAPES) if sys.stdout.isatty() else text
+        print(text, end="", flush=True)
+
+
+def show_texts(model, tokenizer, prompts, sampling):
+    """A single text as it comes, several one after the other."""
+    if len(prompts) * sampling.num_samples > 1:
+        for number, text in enumerate(generate_texts(model, tokenizer, prompts, sampling)):
+            show(f"{SEPARATOR if number else ''}{text}\n")
+        return
+    pieces = stream_text(model, tokenizer, prompts, sampling)
+    for number, [piece] in enumerate(pieces):
+        show(piece if number else prompts[0] + piece)
+    show("\n")
+
+
+HELP = """\
+Every line is continued by the model, on its own: nothing of earlier lines is remembered.
+Each prompt takes the next seed (--seed, --seed + 1, ...), so the same line twice gives two texts.
+/set NAME VALUE   change a setting, for example: /set temperature 0.7
+/show             the settings in force
+/quit             leave, as the end of input does"""
+
+
+def interact(model, tokenizer, sampling) -> int:
+    """Continue every line of stdin until its end; Ctrl-C ends a text, between texts it leaves."""
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (input() then edits the line and knows the earlier ones)
+    answered = 0
+    while (line := read_line()) is not None and line.strip() != "/quit":
+        try:
+            if line.startswith("/"):
+                sampling = command(line, sampling)
+            else:
+                seeded = replace(sampling, seed=sampling.seed + answered)
+                answered += 1
+                show_texts(model, tokenizer, [line], seeded)
+        except ValueError as error:
+            log(f"error: {error}")
+        except KeyboardInterrupt:
+            show("\n")
+    return 0
+
+
+def read_line() -> str | None:
+    """The next line of input, None at its end. A prompt is shown to a person only."""
+    person = sys.stdin.isatty()
+    if person and not sys.stdout.isatty():  # input() would write its prompt among the results
+        print("> ", end="", file=sys.stderr, flush=True)
+    try:
+        return input("> " if person and sys.stdout.isatty() else "")
+    except EOFError:
+        return None
+
+
+def command(line: str, sampling: Sampling) -> Sampling:
+    """Obey a line that begins with a slash; the settings from then on."""
+    word, _, rest = line.strip().partition(" ")
+    if word == "/set":
+        name, _, text = rest.strip().partition(" ")
+        if name not in LIMITS or not text:
+            raise ValueError(f"/set NAME VALUE, where NAME is one of {', '.join(LIMITS)}")
+        values, found = parse_settings({name: text.strip()})
+        if found:
+            raise ValueError(found[0].replace("--", "/set ", 1))
+        sampling = replace(sampling, **values)
+    elif word == "/help":
+        log(HELP)
+    elif word != "/show":
+        raise ValueError(f"{word}: no such command; /help lists them")
+    if word != "/help":
+        log(describe(sampling))
+    return sampling
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(argv=None) -> int:
+    options, sampling = parse(argv)
+    for stream in (sys.stdin, sys.stdout):  # whatever the system's own encoding may be
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    prompts = read_prompts(options)
+    model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
+    log(f"sampling   {describe(sampling)}")
+    if options.interactive:
+        log("           /help lists the commands; end of input (Ctrl-D) or /quit leaves")
+        return interact(model, tokenizer, sampling)
+    if options.output is not None:
+        write_texts(options.output, generate_texts(model, tokenizer, prompts, sampling))
+    else:
+        show_texts(model, tokenizer, prompts, sampling)
+    return 0
+
+
+def parse(argv):
+    """The options and how to sample; ValueError with a line for every problem at once."""
+    parser = ArgumentParser(prog="generate.py", description="Continue a prompt.")
+    parser.add_argument("--checkpoint", metavar="PATH", help="none: the best of ./checkpoints")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", default="", help="text to continue")
+    what.add_argument("--interactive", action="store_true", help="continue line after line")
+    what.add_argument("--prompts_file", metavar="FILE", help="a prompt a line, blank ones skipped")
+    parser.add_argument("--output", metavar="FILE", help="write the texts here, not to stdout")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; none: the best there is")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; none: the best there is")
+    for name, default in vars(Sampling()).items():
+        shown = "none" if default is None else str(default)
+        parser.add_argument(f"--{name}", default=shown, metavar="X", help=MEANINGS[name])
+    options, unknown = parser.parse_known_args(argv)
+
+    found = parser.unknown_flags(unknown) if unknown else []
+    values, wrong = parse_settings({name: getattr(options, name) for name in LIMITS})
+    found += wrong
+    if options.interactive and options.output:
+        found.append("--output: not with --interactive")
+    if found:
+        raise ValueError("\n".join(found))
+    return options, Sampling(**values)
+
+
+def read_prompts(options) -> list[str]:
+    """The prompts of the command line."""
+    path = options.prompts_file
+    if path is None:
+        return [options.prompt]
+    try:
+        lines = Path(path).read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts_file {path}: not UTF-8 (byte {error.start})") from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts_file {path}: holds no prompt; it needs one a line")
+    return prompts
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

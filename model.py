@@ -1,0 +1,273 @@
+"""GPT-2: the network and its key-value cache.
+
+Shapes: B batch, T time (new tokens), S tokens seen so far, C channels (n_embd), H heads,
+D channels of a head, V vocabulary, L layers.
+
+    from config import GPT2Config
+    from model import GPT2
+    logits, loss = GPT2(GPT2Config())(idx, targets)
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import GPT2Config
+
+
+class CausalSelfAttention(nn.Module):
+    """Each position looks at itself and at what came before, n_head ways at once."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        mask, causal = None, T > 1
+        if cache is not None:
+            k, v, mask, causal = cache.append(self.layer, k, v)  # (B, H, S, D), (B, 1, T, S)
+        p = self.dropout if self.training else 0.0
+        y = attention(q, k, v, mask, p, causal)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), p)
+
+
+def attention(q, k, v, mask, dropout, causal):
+    """Scaled dot-product attention, in the precision that is fastest for it.
+
+    Up to 512 tokens a CPU's bf16 kernel trains at half the speed of its float32 one.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < q.shape[2] <= 512:
+        with torch.autocast("cpu", enabled=False):
+            y = F.scaled_dot_product_attention(
+                q.float(), k.float(), v.float(), mask, dropout, is_causal=causal
+            )
+        return y.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+
+
+class MLP(nn.Module):
+    """Two linear layers, 4x wide in between, with GPT-2's tanh form of GELU."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        return self.dropout(self.c_proj(x))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT2(nn.Module):
+    """GPT-2 (Radford et al. 2019) under the published weights' parameter names."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        blocks = [Block(config, layer) for layer in range(config.n_layer)]
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(blocks),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2017)
+        self._init_weights()
+
+    def _init_weights(self):
+        """N(0, 0.02); smaller for the two projections of a block into the residual stream."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:
+                std = residual_std if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(parameter, mean=0.0, std=std)
+
+    def forward(self, idx, targets=None, cache=None):
+        """Logits (B, T, V) and the loss: mean cross-entropy in nats over targets that are not -1.
+
+        idx and targets are int64 (B, T). With a cache, idx are the tokens that follow those in it;
+        the cache takes them up. Raises ValueError where T > block_size and there is no cache.
+        """
+        T = idx.shape[1]
+        if cache is None:
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}")
+            positions = torch.arange(T, device=idx.device)  # (T,)
+        elif cache.has_room(T):
+            positions = cache.begin(idx)  # (T,), or (B, T) where rows differ in length
+        else:
+            return self._slide(idx, cache), None
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        if cache is not None:
+            cache.end()
+        return logits, None if targets is None else cross_entropy(logits, targets)
+
+    def _slide(self, idx, cache):
+        """Logits for tokens that do not fit: a full row starts again from its last half.
+
+        Token by token, because each row slides at its own time.
+        """
+        logits = []
+        for token in idx.split(1, dim=1):  # (B, 1)
+            full = [row for row, length in enumerate(cache.lengths) if length == cache.block_size]
+            rest = [row for row in range(len(cache.lengths)) if row not in full]
+            out = token.new_empty(token.shape[0], 1, self.config.vocab_size, dtype=cache.kv.dtype)
+            for rows, start_again in ((full, True), (rest, False)):
+                if rows:
+                    part = cache.rows(rows, start_again)
+                    new = torch.cat([part.kept, token[rows]], dim=1)  # (rows, half) or (rows, 1)
+                    out[rows] = self(new, cache=part)[0][:, -1:].to(out.dtype)
+                    cache.put(rows, part)
+            logits.append(out)
+        return torch.cat(logits, dim=1)  # (B, T, V)
+
+    def num_params(self) -> int:
+        """How many numbers are learned; the tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """Forward and backward FLOPs a token (Chowdhery et al. 2022, appendix B)."""
+        config = self.config
+        n = self.num_params() - self.transformer.wpe.weight.numel()
+        return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def cross_entropy(logits, targets):
+    """Mean cross-entropy in nats, in at least float32; targets of -1 do not count."""
+    logits = logits.flatten(0, 1)  # (B * T, V)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def context_start(length: int, block_size: int) -> int:
+    """First of `length` tokens that the model still sees when it predicts the next one.
+
+    Up to block_size all are seen. Beyond, only the last block_size // 2 are kept, and the context
+    grows from there until it is full again: filling it anew at every token would cost as much as
+    having no cache. Cached and uncached generation both follow this rule.
+    """
+    if length <= block_size:
+        return 0
+    half = max(1, block_size // 2)
+    return length - half - (length - block_size - 1) % (block_size - half + 1)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, passed to GPT2.forward, which fills it.
+
+    Each row has its own length, so that prompts of unequal length, padded on the right, go through
+    together: after the padded prompts call `truncate` with their true lengths.
+    """
+
+    def __init__(self, config: GPT2Config, batch_size: int, device=None, dtype=None):
+        self.config, self.block_size = config, config.block_size
+        head_size = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_size)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (L, 2, B, H, block_size, D)
+        self.idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64, device=device)
+        self.kept = None  # tokens with which a row that was full starts again
+        self.lengths = [0] * batch_size  # on the host: reading them never waits for the device
+
+    def has_room(self, tokens: int) -> bool:
+        return max(self.lengths) + tokens <= self.block_size
+
+    def truncate(self, lengths: list[int]):
+        """Forget what each row holds beyond its length: the padding of shorter prompts."""
+        assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
+        self.lengths = list(lengths)
+
+    def begin(self, idx):
+        """Make room for idx (B, T); their positions (T,), or (B, T) where rows differ in length."""
+        T, device = idx.shape[1], idx.device
+        first = self.lengths[0]
+        self._new = T
+        self._ragged = any(length != first for length in self.lengths)
+        self._seen = max(self.lengths) + T
+        if self._ragged:
+            starts = torch.tensor(self.lengths, device=device)
+            positions = starts[:, None] + torch.arange(T, device=device)  # (B, T)
+            self._rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
+            self.idx[self._rows, positions] = idx
+        else:
+            positions = torch.arange(first, first + T, device=device)  # (T,)
+            self.idx[:, first : first + T] = idx
+        self._positions = positions
+        self._mask = None
+        if self._ragged or (first > 0 and T > 1):
+            seen = torch.arange(self._seen, device=device)  # (S,)
+            self._mask = (seen <= positions[..., None]).view(-1, 1, T, self._seen)
+        return positions
+
+    def append(self, layer, k, v):
+        """Take up a layer's new keys and values (B, H, T, D); give all (B, H, S, D) and a mask."""
+        keys, values = self.kv[layer]  # (B, H, block_size, D) each
+        k, v = k.detach(), v.detach()  # a cache is for generating: no gradient flows through it
+        if self._ragged:
+            keys[self._rows, :, self._positions] = k.transpose(1, 2).to(keys.dtype)
+            values[self._rows, :, self._positions] = v.transpose(1, 2).to(values.dtype)
+        else:
+            start = self._seen - self._new
+            keys[:, :, start : self._seen] = k
+            values[:, :, start : self._seen] = v
+        causal = self._mask is None and self._new > 1
+        return keys[:, :, : self._seen], values[:, :, : self._seen], self._mask, causal
+
+    def end(self):
+        """All layers have taken up the new tokens."""
+        self.lengths = [length + self._new for length in self.lengths]
+
+    def rows(self, rows: list[int], start_again: bool) -> "KVCache":
+        """A cache of some rows: as they are, or empty with the tokens to start again from."""
+        part = object.__new__(KVCache)
+        part.config, part.block_size = self.config, self.block_size
+        part.kv, part.idx = self.kv[:, :, rows], self.idx[rows]  # copies
+        half = max(1, self.block_size // 2)
+        first = self.block_size + 1 - half if start_again else self.block_size
+        part.kept = part.idx[:, first:]
+        part.lengths = [0 if start_again else self.lengths[row] for row in rows]
+        return part
+
+    def put(self, rows: list[int], part: "KVCache"):
+        """Take back rows that went through the model on their own."""
+        self.kv[:, :, rows], self.idx[rows] = part.kv, part.idx
+        for row, length in zip(rows, part.lengths, strict=True):
+            self.lengths[row] = length

@@ -1,0 +1,153 @@
+"""How weights are updated: parameter groups, AdamW, Muon, and the learning rate of a step."""
+
+import math
+
+import torch
+
+from config import GPT2Config
+
+MUON_MOMENTUM = 0.95  # Jordan 2024
+
+
+def learning_rate(step: int, config: GPT2Config) -> float:
+    """Learning rate of update number `step` (from 0): linear warmup, then cosine or linear decay to
+    min_lr at lr_decay_iters. config's derived fields must be filled in.
+    """
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if step >= config.lr_decay_iters:
+        return config.min_lr
+    progress = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+    if config.lr_schedule == "linear":
+        share = 1 - progress
+    else:
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + share * (config.learning_rate - config.min_lr)
+
+
+def parameter_groups(model, config: GPT2Config) -> list[dict]:
+    """Groups that hold every parameter once: matrices decay, vectors (biases, norms) do not.
+
+    With optimizer "muon" the matrices of the blocks are a group of their own.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    muon = {
+        name for name, p in named if config.optimizer == "muon" and p.ndim == 2 and ".h." in name
+    }
+    matrices = [p for name, p in named if p.ndim >= 2 and name not in muon]
+    vectors = [p for _, p in named if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, "muon": False},
+        {"params": vectors, "weight_decay": 0.0, "muon": False},
+        {
+            "params": [p for name, p in named if name in muon],
+            "weight_decay": config.weight_decay,
+            "muon": True,
+        },
+    ]
+    groups = [group for group in groups if group["params"]]
+    assert sum(len(group["params"]) for group in groups) == len(named)
+    return groups
+
+
+def make_optimizer(model, config: GPT2Config) -> torch.optim.Optimizer:
+    """AdamW, fused where it can be, or Muon with such an AdamW for what is not a block's matrix."""
+    device = next(model.parameters()).device
+    options = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "fused": device.type in ("cuda", "cpu"),
+    }
+    if config.optimizer == "muon":
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
+        return Muon(parameter_groups(model, config), orthogonalize_dtype=dtype, **options)
+    return torch.optim.AdamW(parameter_groups(model, config), **options)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW whose groups marked `muon` are updated with orthogonalized momentum instead.
+
+    Muon (Jordan 2024) with the update scaled to AdamW's usual size, 0.2 * sqrt(longer side) (Liu et
+    al. 2025), so that one learning rate serves both. Matrices of one shape are orthogonalized
+    together; the three that c_attn stacks are taken apart first.
+    """
+
+    def __init__(self, params, orthogonalize_dtype=None, **options):
+        super().__init__(params, **options)
+        self.orthogonalize_dtype = orthogonalize_dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if group["muon"]:
+                self._muon_step(group)
+                for p in group["params"]:
+                    p.grad = None  # done: AdamW passes over parameters without a gradient
+        return super().step(closure)
+
+    def _muon_step(self, group):
+        found_inf = getattr(self, "found_inf", None)
+        keep = 1.0 if found_inf is None else 1.0 - found_inf  # 0 where the step must change nothing
+        batches = {}  # shape -> [(matrix, its momentum after this step's gradient)]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), device=p.device)  # AdamW expects one
+                state["momentum_buffer"] = torch.zeros_like(p)
+            grad, momentum = p.grad, state["momentum_buffer"]
+            if found_inf is not None:
+                grad = torch.where(found_inf > 0, 0.0, grad)
+            state["step"] += keep
+            momentum.lerp_(grad, (1 - MUON_MOMENTUM) * keep)
+            update = grad.lerp(momentum, MUON_MOMENTUM)  # Nesterov
+            parts = zip(_square_parts(p), _square_parts(update), strict=True)
+            for weight, part in parts:
+                batches.setdefault(weight.shape, []).append((weight, part))
+        for shape, pairs in batches.items():
+            weights, updates = zip(*pairs, strict=True)
+            updates = orthogonalize(torch.stack(updates), self.orthogonalize_dtype)
+            scale = 0.2 * math.sqrt(max(shape))
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * keep)
+            torch._foreach_add_(weights, [u * (-group["lr"] * scale * keep) for u in updates])
+
+
+def _square_parts(matrix):
+    """c_attn's (3C, C) as its query, key and value matrices; any other matrix as it is. Views."""
+    rows, columns = matrix.shape
+    return matrix.view(3, columns, columns).unbind() if rows == 3 * columns else (matrix,)
+
+
+def orthogonalize(matrices, dtype=None, steps: int = 5):
+    """The nearest (semi-)orthogonal matrix of each of (N, rows, columns), roughly.
+
+    Newton-Schulz with the quintic of Jordan 2024: singular values end between 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices if dtype is None else matrices.to(dtype)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT  # (N, r, r), r the shorter side
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+# ---------------------------------------------------------------- state by name
+
+
+def optimizer_state(optimizer, model) -> dict:
+    """The optimizer's memory by parameter name, so that it fits any order of parameters."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+
+
+def load_optimizer_state(optimizer, model, state: dict):
+    """Put optimizer_state's memory back; shapes were checked by whoever read it."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    current = optimizer.state_dict()
+    current["state"] = {i: state[name] for i, name in enumerate(order) if name in state}
+    optimizer.load_state_dict(current)

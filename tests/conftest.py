@@ -1,0 +1,63 @@
+"""What the tests share: where the code is, tiny data sets and configs, the GPT-2 vocabulary."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from config import GPT2Config  # noqa: E402
+
+torch.set_num_threads(1)  # tiny models run fastest so, and forked children run at all
+TEXT = "".join(
+    f"line {i}: the quick brown fox jumps over the lazy dog {i * i}.\n" for i in range(120)
+)
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocabulary():
+    """Skips where tiktoken would have to download GPT-2's vocabulary."""
+    beside = ROOT.parent / "shared" / "tiktoken"
+    if "TIKTOKEN_CACHE_DIR" not in os.environ and beside.is_dir():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(beside)
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if not cache or not list(Path(cache).glob("*")):
+        pytest.skip("GPT-2's vocabulary is not in a local TIKTOKEN_CACHE_DIR")
+
+
+@pytest.fixture
+def char_data(tmp_path):
+    """A prepared data set of characters, about 6,900 of them."""
+    import prepare_data
+
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, "utf-8")
+    prepare_data.prepare_file(text, "char", tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def tiny_config(tmp_path, char_data):
+    """A run of a few seconds: 2 layers of 32 channels, everything under tmp_path."""
+    return GPT2Config(
+        block_size=16,
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        data_dir=str(char_data),
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        max_iters=20,
+        learning_rate=1e-3,
+        eval_interval=10,
+        eval_iters=4,
+        log_interval=1,
+        device="cpu",
+        dtype="float32",
+        checkpoint_dir=str(tmp_path / "checkpoints"),
+        log_dir=str(tmp_path / "runs"),
+    )

@@ -1,0 +1,146 @@
+"""Data sets are whole or absent, and batches are a pure function of the step."""
+
+import json
+
+import numpy as np
+import pytest
+
+import data
+from data import BatchSampler, TokenDataset, validation_starts, windows_at, write_dataset
+from tokenizer import CharTokenizer
+
+
+def write(folder, train, val=(1, 2, 3), vocab_size=None):
+    tokenizer = CharTokenizer.train("".join(chr(200 + i) for i in range(vocab_size or 300)))
+    pieces = {"train": [(np.array(train), 9)], "val": [(np.array(val), 4)]}
+    return write_dataset(folder, pieces, tokenizer)
+
+
+def test_dataset_reads_back_what_was_written(tmp_path):
+    meta = write(tmp_path, range(100))
+    dataset = TokenDataset(tmp_path)
+    assert dataset.train.tolist() == list(range(100)) and dataset.val.tolist() == [1, 2, 3]
+    assert meta == dataset.meta and meta["splits"]["train"]["bytes"] == 9
+    assert (tmp_path / "train.bin").read_bytes() == np.arange(100, dtype="<u2").tobytes()
+
+
+def test_large_vocabularies_get_uint32(tmp_path):
+    write(tmp_path, [0, 69_999, 65_536], vocab_size=70_000)
+    assert TokenDataset(tmp_path).train.tolist() == [0, 69_999, 65_536]
+    assert json.loads((tmp_path / "meta.json").read_text())["dtype"] == "uint32"
+
+
+def test_no_meta_means_no_dataset(tmp_path):
+    write(tmp_path, range(10))
+    (tmp_path / "meta.json").unlink()
+    with pytest.raises(FileNotFoundError, match="prepare_data"):
+        TokenDataset(tmp_path)
+
+
+def test_bad_input_odd_or_wrong_size_names_both_numbers(tmp_path):
+    write(tmp_path, range(100))
+    with open(tmp_path / "train.bin", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"201 bytes.*200"):
+        TokenDataset(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', '{"format": 99}', "\x00"])
+def test_bad_input_damaged_meta_is_refused(tmp_path, text):
+    write(tmp_path, range(10))
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match=r"meta\.json"):
+        TokenDataset(tmp_path)
+
+
+def test_bad_input_too_few_tokens_names_the_flag(tmp_path):
+    write(tmp_path, range(100), val=range(20))
+    with pytest.raises(ValueError, match=r"val has 20 tokens, needs 65.*--block_size"):
+        TokenDataset(tmp_path).require(64)
+    TokenDataset(tmp_path).require(19)
+
+
+def test_bad_input_id_beyond_vocabulary_names_value_and_position():
+    tokens = np.arange(100)
+    with pytest.raises(ValueError, match="id 50 at position 50"):
+        windows_at(tokens, [30], 30, vocab_size=50)
+    windows_at(tokens, [19], 30, vocab_size=50)
+
+
+def test_failed_write_leaves_the_earlier_dataset_intact(tmp_path):
+    write(tmp_path, range(100))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def pieces():
+        yield np.arange(5), 5
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError) as error:
+        tokenizer = CharTokenizer.train("ab")
+        write_dataset(tmp_path, {"train": pieces(), "val": []}, tokenizer)
+    assert error.value.exit_code == 4
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("tokens, block_size", [(1000, 16), (997, 16), (33, 16), (17, 16), (50, 1)])
+def test_every_window_of_an_epoch_exactly_once(tokens, block_size):
+    sampler = BatchSampler(np.arange(tokens), block_size, batch_size=1, seed=3)
+    windows = sampler.windows_per_epoch
+    for epoch in range(3):
+        starts = sorted(sampler.starts(epoch * windows + i)[0] for i in range(windows))
+        assert np.all(np.diff(starts) == block_size)
+        assert starts[0] >= 0 and starts[0] < max(block_size, tokens)
+        assert starts[-1] + block_size + 1 <= tokens
+    assert windows >= tokens // block_size - 2
+
+
+def test_epochs_differ_and_are_repeatable():
+    def draw(seed):
+        sampler = BatchSampler(np.arange(1000), 16, batch_size=4, seed=seed)
+        return [sampler.starts(step) for step in range(60)]
+
+    assert draw(1) == draw(1) != draw(2)
+    flat = [start for starts in draw(1) for start in starts]
+    assert flat[:61] != flat[61:122]
+
+
+def test_batch_depends_on_the_step_alone():
+    tokens = np.random.default_rng(0).integers(0, 50, 2000)
+    used = BatchSampler(tokens, 16, batch_size=3, gradient_accumulation_steps=2)
+    for step in range(300):
+        used.batch(step, step % 2)
+    fresh = BatchSampler(tokens, 16, batch_size=3, gradient_accumulation_steps=2)
+    for one, other in zip(used.batch(123, 1), fresh.batch(123, 1), strict=True):
+        assert one.equal(other)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_number_of_processes_never_changes_the_data(world_size):
+    tokens, accumulation = np.arange(5000), 4
+
+    def step_windows(world_size, step):
+        starts = []
+        for rank in range(world_size):
+            sampler = BatchSampler(tokens, 16, 3, accumulation, 1, rank, world_size)
+            for micro_step in range(accumulation // world_size):
+                starts += sampler.starts(step, micro_step)
+        return sorted(starts)
+
+    for step in (0, 1, 26, 40):
+        assert step_windows(world_size, step) == step_windows(1, step)
+
+
+def test_targets_are_inputs_shifted_by_one():
+    x, y = BatchSampler(np.arange(1000), 16, batch_size=5).batch(7)
+    assert x.shape == y.shape == (5, 16) and x.dtype == y.dtype == data.torch.int64
+    assert y.equal(x + 1)
+
+
+def test_validation_windows_are_fixed_and_spread_over_the_split():
+    assert validation_starts(np.arange(101), 10).tolist() == list(range(0, 100, 10))
+    assert validation_starts(np.arange(100), 10).tolist() == list(range(0, 90, 10))
+    some = validation_starts(np.arange(1001), 10, max_windows=7)
+    assert len(set(some)) == 7 and some[0] == 0 and some[-1] >= 800 and all(some % 10 == 0)

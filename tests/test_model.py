@@ -1,0 +1,185 @@
+"""The network against what is known of GPT-2, and the cache against the network without one."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import GPT2_CONFIGS, GPT2Config, apply_preset
+from model import GPT2, KVCache, context_start
+
+
+def small(**values):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "block_size": 16, "n_layer": 3, "n_head": 4, "n_embd": 32}
+    model = GPT2(GPT2Config(**(sizes | values))).double().eval()
+    with torch.no_grad():  # far from the start, where all logits are near zero
+        for parameter in model.parameters():
+            parameter.mul_(5).add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name, expected):
+    with torch.device("meta"):
+        model = GPT2(apply_preset(GPT2Config(), GPT2_CONFIGS[name], set()))
+    assert model.num_params() == expected
+
+
+def test_parameter_names_are_gpt2s():
+    names = set(small().state_dict())
+    assert {"transformer.wte.weight", "transformer.h.2.attn.c_attn.weight"} <= names
+    assert {"transformer.h.0.mlp.c_proj.bias", "transformer.ln_f.bias", "lm_head.weight"} <= names
+
+
+def test_flops_per_token_follow_palm():
+    model = small()
+    n = model.num_params() - 16 * 32
+    assert model.flops_per_token() == 6 * n + 12 * 3 * 32 * 16
+
+
+def test_initial_loss_is_ln_of_vocabulary():
+    torch.manual_seed(1)
+    model = GPT2(GPT2Config(vocab_size=1000, block_size=32, n_layer=4, n_head=4, n_embd=64))
+    idx = torch.randint(1000, (8, 33))
+    _, loss = model(idx[:, :-1], idx[:, 1:])
+    assert abs(loss.item() - math.log(1000)) < 0.05
+
+
+def test_initial_weights_have_gpt2s_spread():
+    torch.manual_seed(1)
+    model = GPT2(GPT2Config(vocab_size=500, block_size=64, n_layer=8, n_head=4, n_embd=128))
+    block = model.transformer.h[3]
+    assert block.attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert block.mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.03)
+    assert block.mlp.c_proj.bias.abs().max() == 0
+
+
+def test_future_never_changes_past_logits():
+    model, idx = small(), torch.randint(50, (2, 16))
+    before, _ = model(idx)
+    for t in range(1, 16):
+        changed = idx.clone()
+        changed[:, t:] = torch.randint(50, (2, 16 - t))
+        assert torch.equal(model(changed)[0][:, :t], before[:, :t])
+
+
+def test_targets_of_minus_one_do_not_count():
+    model, idx = small(), torch.randint(50, (2, 16))
+    targets = torch.randint(50, (2, 16))
+    targets[:, ::2] = -1
+    logits, loss = model(idx, targets)
+    by_hand = F.cross_entropy(logits[:, 1::2].reshape(-1, 50), targets[:, 1::2].reshape(-1))
+    assert loss.item() == pytest.approx(by_hand.item(), abs=1e-12)
+
+
+def test_a_plain_version_written_out_gives_the_same_logits():
+    """Attention, tanh-GELU and norms by their formulas (Radford 2019; Hendrycks & Gimpel 2016)."""
+    model, idx = small(), torch.randint(50, (2, 9))
+    w = model.state_dict()
+    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:9]
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    for layer in range(3):
+        name = f"transformer.h.{layer}"
+        q, k, v = linear(norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn").chunk(3, dim=-1)
+        heads = []
+        for h in range(4):
+            part = slice(8 * h, 8 * h + 8)
+            scores = q[..., part] @ k[..., part].mT / math.sqrt(8)
+            scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
+            heads.append(scores.softmax(-1) @ v[..., part])
+        x = x + linear(torch.cat(heads, -1), f"{name}.attn.c_proj")
+        u = linear(norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
+        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+        x = x + linear(u, f"{name}.mlp.c_proj")
+    expected = norm(x, "transformer.ln_f") @ w["transformer.wte.weight"].T
+    assert (model(idx)[0] - expected).abs().max() < 1e-10
+
+
+def test_one_batch_overfits():
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    idx = torch.randint(50, (4, 17))
+    for _ in range(200):
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_bfloat16_attention_on_a_cpu_stays_close_to_float32():
+    model = small().float()
+    idx = torch.randint(50, (2, 16))
+    exact, _ = model(idx)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, _ = model(idx)
+    assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 16])
+def test_context_grows_to_block_size_and_starts_again_from_half(block_size):
+    half, seen = max(1, block_size // 2), 0
+    for length in range(1, 5 * block_size + 3):
+        seen = half if seen == block_size else seen + 1
+        assert length - context_start(length, block_size) == seen
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 16])
+def test_cached_logits_equal_uncached_across_block_size(block_size):
+    model = small(block_size=block_size)
+    idx, cache = torch.randint(50, (3, 60)), KVCache(model.config, 3, dtype=torch.float64)
+    for n in range(1, 61):
+        logits, _ = model(idx[:, n - 1 : n], cache=cache)
+        start = context_start(n, block_size)
+        expected, _ = model(idx[:, start:n])
+        assert (logits[:, -1] - expected[:, -1]).abs().max() < 1e-10
+
+
+def test_cached_prompt_in_pieces_equals_uncached():
+    model = small()
+    idx, cache = torch.randint(50, (2, 40)), KVCache(model.config, 2, dtype=torch.float64)
+    pieces = [model(part, cache=cache)[0] for part in idx.split([5, 8, 20, 7], dim=1)]
+    logits = torch.cat(pieces, dim=1)
+    for n in range(1, 41):
+        expected, _ = model(idx[:, context_start(n, 16) : n])
+        assert (logits[:, n - 1] - expected[:, -1]).abs().max() < 1e-10
+
+
+def test_a_row_of_unequal_length_is_as_if_alone():
+    model, lengths = small(), [3, 10, 7]
+    idx, cache = torch.randint(50, (3, 60)), KVCache(model.config, 3, dtype=torch.float64)
+    model(idx[:, :10], cache=cache)
+    cache.truncate(lengths)
+    for t in range(45):
+        token = torch.stack([idx[row, n + t : n + t + 1] for row, n in enumerate(lengths)])
+        logits, _ = model(token, cache=cache)
+        for row, n in enumerate(lengths):
+            n = n + t + 1
+            expected, _ = model(idx[row : row + 1, context_start(n, 16) : n])
+            assert (logits[row, -1] - expected[0, -1]).abs().max() < 1e-10
+
+
+def test_too_long_an_input_is_refused():
+    with pytest.raises(ValueError, match="block_size 16"):
+        small()(torch.zeros(1, 17, dtype=torch.int64))

@@ -1,0 +1,122 @@
+"""Updates against plain versions of the same formulas."""
+
+import math
+
+import pytest
+import torch
+
+import optim
+from config import GPT2Config, derived
+from model import GPT2
+from optim import learning_rate, make_optimizer, orthogonalize, parameter_groups
+
+CONFIG = derived(GPT2Config(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=32))
+
+
+def model():
+    torch.manual_seed(0)
+    return GPT2(CONFIG)
+
+
+def train(model, optimizer, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        idx = torch.randint(50, (4, 17), generator=generator)
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = GPT2Config(max_iters=100, learning_rate=1.0, min_lr=0.1, warmup_iters=10)
+    config = derived(config)
+    rates = [learning_rate(step, config) for step in range(120)]
+    assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1.0
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.55) and rates[100] == rates[119] == 0.1
+    config.lr_schedule = "linear"
+    assert learning_rate(10 + 30, config) == pytest.approx(1 - 0.9 * 30 / 90)
+
+
+def test_schedule_survives_its_edges():
+    for values in ({"max_iters": 0}, {"max_iters": 1}, {"warmup_iters": 5, "lr_decay_iters": 5}):
+        config = derived(GPT2Config(**values))
+        assert all(math.isfinite(learning_rate(step, config)) for step in range(10))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_groups_hold_every_parameter_once_and_decay_matrices_only(optimizer):
+    net = model()
+    groups = parameter_groups(net, derived(GPT2Config(optimizer=optimizer)))
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted({id(p) for p in net.parameters()})
+    for group in groups:
+        assert all((p.ndim == 2) == (group["weight_decay"] > 0) for p in group["params"])
+        if group["muon"]:
+            assert len(group["params"]) == 2 * 4
+            assert net.transformer.wte.weight not in set(group["params"])
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((3, 32, 32), (2, 128, 32), (2, 32, 96)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, dtype=torch.float64)))
+        assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_muon_equals_a_plain_version():
+    """Momentum, Nesterov, each matrix orthogonalized alone, decay: Jordan 2024, Liu 2025."""
+    config = derived(GPT2Config(optimizer="muon", learning_rate=0.01, weight_decay=0.2))
+    net = model().double()
+    optimizer = make_optimizer(net, config)
+    name = "transformer.h.1.attn.c_attn.weight"
+    weight = dict(net.named_parameters())[name]
+    expected, momentum = weight.detach().clone(), torch.zeros_like(weight)
+    for step in range(4):
+        torch.manual_seed(step)
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        grad = weight.grad.clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * grad
+        update = 0.05 * grad + 0.95 * momentum
+        parts = [orthogonalize(part[None])[0] for part in update.chunk(3)]
+        expected = expected * (1 - 0.01 * 0.2) - 0.01 * 0.2 * math.sqrt(32) * torch.cat(parts)
+    assert (weight - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_found_inf_leaves_weights_and_state_as_they_are(optimizer):
+    config = derived(GPT2Config(optimizer=optimizer))
+    net = model()
+    optimizer = make_optimizer(net, config)
+    train(net, optimizer, 3)
+    weights = {name: p.clone() for name, p in net.state_dict().items()}
+    state = optim.optimizer_state(optimizer, net)
+    state = {name: {k: v.clone() for k, v in memory.items()} for name, memory in state.items()}
+    for p in net.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(torch.equal(p, weights[name]) for name, p in net.state_dict().items())
+    for name, memory in optim.optimizer_state(optimizer, net).items():
+        assert all(torch.equal(v, state[name][k]) for k, v in memory.items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_by_name_goes_on_bit_exactly(optimizer):
+    config = derived(GPT2Config(optimizer=optimizer, learning_rate=0.01))
+    whole = model()
+    whole_optimizer = make_optimizer(whole, config)
+    train(whole, whole_optimizer, 3)
+    resumed = model()
+    resumed.load_state_dict(whole.state_dict())
+    resumed_optimizer = make_optimizer(resumed, config)
+    state = optim.optimizer_state(whole_optimizer, whole)
+    state = {name: {k: v.clone() for k, v in memory.items()} for name, memory in state.items()}
+    optim.load_optimizer_state(resumed_optimizer, resumed, state)
+    train(whole, whole_optimizer, 3, seed=1)
+    train(resumed, resumed_optimizer, 3, seed=1)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,604 @@
+"""The training loop: what it logs and saves, and that no way of ending it loses anything.
+
+Runs that are killed are forked children (torch is imported once), on one thread each, because
+OpenMP's threads do not survive a fork.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train as training
+from config import GPT2Config
+from optim import learning_rate
+from train import NonFiniteError, Trainer, train
+from utils import lock, run
+
+KILLS = range(5)
+MANY_KILLS = [pytest.param(i, marks=pytest.mark.slow) for i in range(5, 50)]
+
+
+def in_child(function, *arguments):
+    """Call function in a forked child; its exit code, negative for a signal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            code = function(*arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def flags(config):
+    """The same config as a command line."""
+    values = {name: v for name, v in vars(config).items() if v is not None}
+    return [word for name, v in values.items() for word in (f"--{name}", str(v))]
+
+
+def main(config, *more):
+    return run(training.main, [*flags(config), *more])
+
+
+def elsewhere(config, folder):
+    return replace(config, checkpoint_dir=f"{folder}/checkpoints", log_dir=f"{folder}/runs")
+
+
+def logged(config):
+    """metrics.jsonl of the only run, without what depends on the clock."""
+    (path,) = Path(config.log_dir).glob("*/metrics.jsonl")
+    clock = ("tokens_per_second", "mfu", "seconds")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in clock} for record in records]
+
+
+def saved(config, name="final_checkpoint.pt"):
+    return checkpoint.load(Path(config.checkpoint_dir) / name)
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    return one == other
+
+
+def assert_same_run(one, other):
+    a, b = saved(one), saved(other)
+    for key in ("step", "best_val_loss", "model", "optimizer", "scaler", "rng"):
+        assert same(a[key], b[key]), key
+    assert logged(one) == logged(other)
+
+
+@pytest.fixture
+def config(tiny_config):
+    return replace(tiny_config, dropout=0.1, max_iters=40, preset="none")
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_logs_and_saves_what_it_promises(config):
+    last = train(config)
+    (folder,) = Path(config.log_dir).iterdir()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 41)) and records[-1] == last
+    names = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"}
+    assert all(names <= record.keys() for record in records)
+    assert [r["step"] for r in records if "val_loss" in r] == [10, 20, 30, 40]
+    assert records[-1]["loss"] < records[0]["loss"] < math.log(80)
+    seconds = [record["seconds"] for record in records]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert list(folder.glob("events.out.tfevents.*")) and (folder / "config.json").exists()
+    kept = {"checkpoint.pt", "previous_checkpoint.pt", "best_checkpoint.pt", "final_checkpoint.pt"}
+    assert kept <= set(os.listdir(config.checkpoint_dir))
+    state = saved(config)
+    assert (
+        state["step"] == 40 and state["run"] == folder.name and set(state) == set(checkpoint.KEYS)
+    )
+    assert state["best_val_loss"] == min(r["val_loss"] for r in records if "val_loss" in r)
+
+
+def test_logged_loss_is_the_mean_over_all_micro_batches_of_the_step(config):
+    config = replace(config, dropout=0.0, max_iters=1)
+    train(config)
+    trainer = Trainer(elsewhere(config, config.log_dir), training.TokenDataset(config.data_dir))
+    with torch.no_grad():
+        losses = [trainer.raw_model(*trainer.sampler.batch(0, m))[1].item() for m in range(2)]
+    assert logged(config)[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+
+
+def test_the_last_step_is_always_logged_and_evaluated(config):
+    last = train(replace(config, max_iters=7, log_interval=5, eval_interval=100))
+    assert [record["step"] for record in logged(config)] == [5, 7]
+    assert last["step"] == 7 and "val_loss" in last
+
+
+def test_numbered_checkpoints(config):
+    train(replace(config, checkpoint_interval=5, keep_checkpoints=2))
+    numbered = {p.name for p in Path(config.checkpoint_dir).glob("checkpoint_iter_*.pt")}
+    assert numbered == {"checkpoint_iter_35.pt", "checkpoint_iter_40.pt"}
+
+
+def test_best_checkpoint_is_replaced_only_by_a_lower_loss(config, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.2])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: next(losses))
+    train(config)
+    assert saved(config, "best_checkpoint.pt")["step"] == 20
+    assert saved(config)["best_val_loss"] == 2.0
+
+
+def test_patience_stops_a_run_that_gets_no_better(config, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.2])
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: next(losses))
+    assert train(replace(config, max_iters=100, patience=2))["step"] == 40
+
+
+def test_the_python_snippet_of_the_design_works(config):
+    for name, value in {"n_layer": 1, "n_head": 2, "n_embd": 16}.items():
+        setattr(config, name, value)
+    config.dtype, config.max_iters = torch.float16, 3
+    assert train(config)["step"] == 3
+    assert saved(config)["config"]["dtype"] == "float16"
+
+
+@pytest.mark.slow
+def test_compile_works_or_says_that_it_does_not(config, capfd):
+    train(replace(config, max_iters=3, compile=True))
+    assert "compil" in capfd.readouterr().err
+    assert not any("_orig_mod" in name for name in saved(config)["model"])
+
+
+def test_training_goes_on_where_compile_is_not_possible(config, monkeypatch, capfd):
+    def broken(model):
+        def call(*arguments):
+            raise RuntimeError("no compiler found\nlong story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert train(replace(config, max_iters=3, compile=True))["step"] == 3
+    lines = [line for line in capfd.readouterr().err.splitlines() if "no compiler found" in line]
+    assert len(lines) == 1 and "goes on without it" in lines[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_every_precision_learns(config, optimizer, dtype):
+    train(replace(config, optimizer=optimizer, dtype=dtype, learning_rate=3e-3))
+    losses = [record["loss"] for record in logged(config)]
+    assert losses[-1] < losses[0] - 0.3
+
+
+# ---------------------------------------------------------------- the same numbers
+
+
+def test_accumulation_equals_one_large_batch(config):
+    """Gradients of 4 micro-batches of 2 are those of one batch of 8."""
+
+    def gradients(batch_size, accumulation):
+        trainer = Trainer(
+            replace(
+                config,
+                dropout=0.0,
+                dtype="float64",
+                batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+            ),
+            training.TokenDataset(config.data_dir),
+        )
+        for micro_step in range(accumulation):
+            trainer.forward_backward(micro_step)
+        return [p.grad for p in trainer.raw_model.parameters()]
+
+    for one, other in zip(gradients(8, 1), gradients(2, 4), strict=True):
+        assert (one - other).abs().max() < 1e-12
+
+
+def test_accumulation_equals_one_large_batch_after_40_steps(config):
+    weights = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        there = elsewhere(config, f"{config.log_dir}/{batch_size}")
+        values = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        train(replace(there, dropout=0.0, dtype="float64", **values))
+        weights.append(saved(there)["model"])
+    for name in weights[0]:
+        assert (weights[0][name] - weights[1][name]).abs().max() < 1e-12
+
+
+def test_evaluating_and_logging_change_nothing(config):
+    often = elsewhere(replace(config, eval_interval=3, log_interval=2), f"{config.log_dir}/often")
+    train(config)
+    train(often)
+    for key in ("model", "optimizer", "rng"):
+        assert same(saved(config)[key], saved(often)[key])
+
+
+# ---------------------------------------------------------------- killed and resumed
+
+
+def killed_at(config, step):
+    """Train, and die by SIGKILL in the middle of update number `step` (from 0)."""
+    update = Trainer.forward_backward
+
+    def forward_backward(self, micro_step):
+        if self.step == step and micro_step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(self, micro_step)
+
+    Trainer.forward_backward = forward_backward
+    return main(config)
+
+
+@pytest.mark.parametrize(
+    "optimizer, dtype", [("adamw", "float32"), ("muon", "bfloat16"), ("adamw", "float16")]
+)
+def test_resume_is_bit_exact(config, optimizer, dtype):
+    config = replace(config, optimizer=optimizer, dtype=dtype)
+    undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
+    assert in_child(main, undisturbed) == 0
+    moments = sorted(random.Random(0).sample(range(1, 40), 3))
+    for step in moments:
+        assert in_child(killed_at, config, step) == -signal.SIGKILL
+    assert in_child(main, config) == 0
+    assert_same_run(config, undisturbed)
+
+
+class Bomb:
+    """Counts the writes, syncs and renames of saving, and kills the process at the n-th."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def tick(self):
+        self.left -= 1
+        if self.left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(self, function):
+        def call(*arguments, **options):
+            self.tick()
+            return function(*arguments, **options)
+
+        return call
+
+    def plant(self):
+        for name in ("fsync", "replace", "link", "unlink"):
+            setattr(os, name, self.wrap(getattr(os, name)))
+        save, bomb = torch.save, self
+
+        class Writer:
+            def __init__(self, file):
+                self.file = file
+
+            def write(self, data):
+                bomb.tick()
+                data = memoryview(data).cast("B")
+                self.file.write(data[: len(data) // 2])
+                self.file.flush()
+                bomb.tick()
+                self.file.write(data[len(data) // 2 :])
+                return len(data)
+
+            def flush(self):
+                self.file.flush()
+
+        torch.save = lambda state, file: save(state, Writer(file))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A finished run that the killed ones are compared with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    text = folder / "text.txt"
+    from conftest import TEXT
+
+    text.write_text(TEXT, "utf-8")
+    training.prepare_file(text, "char", folder / "data")
+    values = {"block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 16, "dropout": 0.1}
+    values |= {"batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    values |= {"max_iters": 12, "eval_interval": 3, "eval_iters": 2, "log_interval": 1}
+    values |= {"checkpoint_interval": 4, "device": "cpu", "dtype": "float32", "preset": "none"}
+    config = elsewhere(GPT2Config(data_dir=str(folder / "data"), **values), folder)
+    assert in_child(main, config) == 0
+    return config
+
+
+@pytest.mark.parametrize("moment", [*KILLS, *MANY_KILLS])
+def test_atomic_save_survives_a_kill_at_any_moment(undisturbed, tmp_path, moment):
+    config = elsewhere(undisturbed, tmp_path)
+
+    def bombed():
+        Bomb(random.Random(moment).randrange(20, 900)).plant()
+        return main(config)
+
+    code = in_child(bombed)
+    assert code in (0, -signal.SIGKILL)
+    before = checkpoint.latest(config.checkpoint_dir)
+    assert before is None or before[2] == []  # nothing damaged, ever
+    assert in_child(main, config) == 0
+    assert not list(Path(config.checkpoint_dir).glob(".*.tmp"))
+    assert_same_run(config, undisturbed)
+
+
+@pytest.mark.parametrize("moment", [*KILLS, *MANY_KILLS])
+def test_resume_survives_a_kill_after_any_time(undisturbed, tmp_path, moment):
+    config, chance = elsewhere(undisturbed, tmp_path), random.Random(moment)
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            torch.set_num_threads(1)
+            os._exit(main(config))
+        time.sleep(chance.uniform(0.02, 0.4))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert in_child(main, config) == 0
+    assert_same_run(config, undisturbed)
+
+
+def test_resume_survives_damage_to_the_latest(config, capfd):
+    undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
+    train(undisturbed)
+    in_child(killed_at, config, 25)
+    path = Path(config.checkpoint_dir) / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    train(config)
+    err = capfd.readouterr().err
+    assert f"{path}: damaged" in err and "previous_checkpoint.pt (the newest intact" in err
+    assert same(saved(config)["model"], saved(undisturbed)["model"]) or torch.get_num_threads() > 1
+
+
+def test_resume_goes_on_in_the_same_folder_with_no_doubled_points(config):
+    in_child(killed_at, config, 27)
+    assert in_child(main, config) == 0
+    assert [record["step"] for record in logged(config)] == list(range(1, 41))
+
+
+# ---------------------------------------------------------------- signals
+
+
+def signalled_at(config, step, signum, times=1):
+    update = Trainer.forward_backward
+
+    def forward_backward(self, micro_step):
+        if self.step == step and micro_step == 1:
+            for _ in range(times):
+                os.kill(os.getpid(), signum)
+        return update(self, micro_step)
+
+    Trainer.forward_backward = forward_backward
+    return main(config)
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("step", [0, 13, 19])
+def test_signal_finishes_the_step_saves_and_resumes_bit_exactly(config, signum, code, step):
+    undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
+    assert in_child(main, undisturbed) == 0
+    assert in_child(signalled_at, config, step, signum) == code
+    assert saved(config, "checkpoint.pt")["step"] == step + 1
+    assert in_child(main, config) == 0
+    assert_same_run(config, undisturbed)
+
+
+def test_second_signal_leaves_at_once_with_earlier_files_intact(config):
+    assert in_child(signalled_at, config, 15, signal.SIGTERM, 2) == 143
+    assert saved(config, "checkpoint.pt")["step"] == 10
+    assert saved(config, "best_checkpoint.pt")["step"] == 10
+
+
+# ---------------------------------------------------------------- bad numbers
+
+
+def poisoned_at(monkeypatch, steps):
+    update = Trainer.forward_backward
+
+    def forward_backward(self, micro_step):
+        loss = update(self, micro_step)
+        if self.step in steps:
+            next(self.raw_model.parameters()).grad[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(config, monkeypatch):
+    kept = {}
+    update = Trainer.update
+
+    def watched(self):
+        kept[self.step] = {name: p.clone() for name, p in self.raw_model.state_dict().items()}
+        try:
+            return update(self)
+        except NonFiniteError:
+            kept["after"] = self.raw_model.state_dict()
+            raise
+
+    poisoned_at(monkeypatch, {6})
+    monkeypatch.setattr(Trainer, "update", watched)
+    with pytest.raises(NonFiniteError, match="step 7") as error:
+        train(replace(config, eval_interval=3))
+    assert error.value.exit_code == 5
+    assert same(kept["after"], kept[6]) and not same(kept[6], kept[5])
+    assert saved(config, "checkpoint.pt")["step"] == 6
+
+
+def test_float16_skips_some_steps_but_not_without_end(config, monkeypatch):
+    poisoned_at(monkeypatch, {3, 4, 5})
+    config = replace(config, dtype="float16")
+    assert train(config)["step"] == 40
+    poisoned_at(monkeypatch, set(range(10, 40)))
+    with pytest.raises(NonFiniteError):
+        train(elsewhere(config, f"{config.log_dir}/again"))
+
+
+def test_a_first_loss_far_from_ln_v_is_warned_of(config, monkeypatch, capfd):
+    train(replace(config, max_iters=1))
+    assert "warning" not in capfd.readouterr().err
+    init = training.GPT2._init_weights
+    monkeypatch.setattr(
+        training.GPT2, "_init_weights", lambda self: (init(self), self.lm_head.weight.data.mul_(99))
+    )
+    train(elsewhere(replace(config, max_iters=1), f"{config.log_dir}/again"))
+    assert "warning: the first loss is" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def errors(capfd):
+    return [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+
+
+def test_bad_input_flags_are_all_reported_at_once(config, capfd):
+    code = main(config, "--n_layers", "3", "--dropout", "2", "--n_head=x", "--lr_decay_iters", "1")
+    found = "\n".join(errors(capfd))
+    assert code == 2
+    for part in (
+        "--n_layers; did you mean --n_layer?",
+        "--dropout 2",
+        "--n_head x",
+        "--lr_decay_iters",
+    ):
+        assert part in found
+
+
+def test_bad_input_checkpoint_of_another_run_names_each_difference(config, capfd, tmp_path):
+    train(replace(config, max_iters=2))
+    before = sorted(os.listdir(config.checkpoint_dir))
+    assert main(replace(config, n_embd=64, n_layer=3)) == 2
+    found = errors(capfd)
+    assert "error: n_layer: checkpoint 2, config 3" in found
+    assert "error: n_embd: checkpoint 32, config 64" in found
+    assert any("--fresh" in line for line in found)
+    other = tmp_path / "other.txt"
+    other.write_text("other text entirely\n" * 50)
+    training.prepare_file(other, "char", tmp_path / "other")
+    assert main(replace(config, data_dir=str(tmp_path / "other"))) == 2
+    found = "\n".join(errors(capfd))
+    assert "tokenizer: checkpoint" in found and "data set: checkpoint" in found
+    assert sorted(os.listdir(config.checkpoint_dir)) == before
+
+
+def test_bad_input_resume_without_a_checkpoint(config, capfd):
+    assert main(config, "--resume") == 3
+    assert len(errors(capfd)) == 1
+
+
+def test_bad_input_all_checkpoints_damaged(config, capfd):
+    train(replace(config, max_iters=2))
+    paths = list(Path(config.checkpoint_dir).glob("*.pt"))
+    for path in paths:
+        path.write_bytes(b"damaged")
+    for more in ((), ("--resume",)):
+        assert main(config, *more) == 3
+        found = "\n".join(errors(capfd))
+        assert all(path.name in found and path.read_bytes() == b"damaged" for path in paths)
+
+
+def test_fresh_sets_the_earlier_run_aside_once_all_is_checked(config):
+    train(replace(config, max_iters=2))
+    folder = Path(config.checkpoint_dir)
+    assert main(config, "--fresh", "--block_size", "100000") == 2
+    assert saved(config)["step"] == 2
+    assert main(config, "--fresh", "--max_iters", "3") == 0
+    (aside,) = [path for path in folder.iterdir() if path.is_dir()]
+    assert checkpoint.load(aside / "final_checkpoint.pt")["step"] == 2
+    assert saved(config)["step"] == 3
+
+
+def test_a_finished_run_says_so_and_can_go_on(config, capfd):
+    train(replace(config, max_iters=3))
+    capfd.readouterr()
+    assert main(replace(config, max_iters=3)) == 0
+    assert "finished" in capfd.readouterr().err
+    assert main(replace(config, max_iters=5), "--resume") == 0
+    assert saved(config)["step"] == 5
+
+
+def test_bad_input_second_trainer_in_one_folder_names_the_first(config, capfd):
+    with lock(config.checkpoint_dir):
+        pid = os.getpid()
+        assert in_child(main, config) == 2
+    found = errors(capfd)
+    assert len(found) == 1 and f"process {pid}" in found[0]
+    assert main(replace(config, max_iters=1)) == 0
+
+
+def test_a_lock_left_by_a_dead_process_does_not_block(config):
+    assert in_child(killed_at, config, 5) == -signal.SIGKILL
+    assert main(replace(config, max_iters=12)) == 0
+
+
+def test_bad_input_id_beyond_the_vocabulary_in_the_data(config, capfd):
+    path = Path(config.data_dir) / "train.bin"
+    data = bytearray(path.read_bytes())
+    data[1000:1002] = b"\xff\xff"
+    path.write_bytes(data)
+    assert main(config) == 2
+    assert "token id 65535 at position 500" in errors(capfd)[0]
+
+
+def test_bad_input_no_data_set(config, capfd, tmp_path):
+    assert main(replace(config, data_dir=str(tmp_path / "none"))) == 2
+    assert "prepare_data.py" in errors(capfd)[0]
+
+
+def test_out_of_memory_is_one_line_with_the_remedy(config, capfd, monkeypatch):
+    def no_memory(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Trainer, "update", no_memory)
+    assert main(config) == 2
+    found = errors(capfd)
+    assert len(found) == 1 and "--batch_size (now 4)" in found[0]
+    assert saved(config, "checkpoint.pt")["step"] == 0
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_data_flag_prepares_trains_and_prints_a_sample(tmp_path, monkeypatch, capfd):
+    text = tmp_path / "novel.txt"
+    text.write_text("It was the best of times, it was the worst of times.\n" * 60)
+    monkeypatch.chdir(tmp_path)
+    words = "--max_iters 5 --eval_interval 5 --batch_size 2 --block_size 32 --n_layer 1 --n_head 2"
+    argv = ["--data", "novel.txt", "--tokenizer", "char", *words.split(), "--n_embd", "16"]
+    argv += ["--device", "cpu", "--prompt", "It was", "--max_new_tokens", "20"]
+    assert run(training.main, argv) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("It was") and len(out.rstrip("\n")) <= len("It was") + 20
+
+
+def test_no_flags_but_the_text_fit_themselves_to_a_tiny_text(tmp_path, monkeypatch):
+    text = tmp_path / "note.txt"
+    text.write_text("a small note, hardly anything at all. " * 8)
+    monkeypatch.chdir(tmp_path)
+    assert (
+        run(training.main, ["--data", "note.txt", "--tokenizer", "char", "--max_iters", "3"]) == 0
+    )
+
+
+def test_learning_rate_logged_is_that_of_the_schedule(config):
+    train(config)
+    full = training.settings.derived(config)
+    for record in logged(config):
+        assert record["lr"] == learning_rate(record["step"] - 1, full)

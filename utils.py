@@ -1,0 +1,376 @@
+"""The machine and the terminal: messages, exit codes, curves, locks, seeds, device, precision."""
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import filelock
+import torch
+from tqdm import tqdm
+
+# ---------------------------------------------------------------- messages and exit codes
+
+
+def log(message: str = ""):
+    """A line on stderr, from the first process only; stdout is for results."""
+    if rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose complaints are ValueErrors, so that every script reports them alike."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message):
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+    def parse_args(self, args=None, namespace=None):
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise ValueError("\n".join(self.unknown_flags(unknown)))
+        return known
+
+    def unknown_flags(self, unknown) -> list[str]:
+        """One line for each unknown flag, with the nearest that exists."""
+        flags = [option for action in self._actions for option in action.option_strings]
+        problems = []
+        for word in unknown:
+            if word.startswith("--"):
+                word = word.split("=")[0]
+                near = difflib.get_close_matches(word, flags, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f" (see {self.prog} --help)"
+                problems.append(f"unknown flag {word}{hint}")
+        return problems or [f"unexpected argument {unknown[0]!r} (see {self.prog} --help)"]
+
+
+def run(main, argv=None) -> int:
+    """Call a script's main and turn what it raises into an exit code and `error: ...` lines.
+
+    2 bad input (ValueError, a file that cannot be read), 4 could not write (any other OSError),
+    130 Ctrl-C, 0 a closed pipe; an exception's own `exit_code` goes first. --debug adds the
+    traceback.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return main(argv) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `generate.py | head`: the reader has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        if "--debug" in arguments:
+            traceback.print_exc()
+        prefix = "" if code > 128 else "error: "  # being interrupted is no error
+        for line in _one_line_each(error):
+            print(f"{prefix}{line}", file=sys.stderr, flush=True)
+        return code
+
+
+def _exit_code(error):
+    if hasattr(error, "exit_code"):
+        return error.exit_code
+    if isinstance(error, (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+        return 2
+    if isinstance(error, PermissionError):
+        return 2
+    if isinstance(error, OSError):
+        return 4
+    return None
+
+
+def _one_line_each(error):
+    if isinstance(error, OSError) and error.strerror:
+        return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror]
+    return str(error).splitlines() or [type(error).__name__]
+
+
+# ---------------------------------------------------------------- curves and progress
+
+
+class RunLog:
+    """A run's folder: metrics.jsonl, config.json and TensorBoard's events; and the terminal's line.
+
+    A run that goes on from an earlier step drops what was logged after it, for those steps will be
+    made again.
+    """
+
+    def __init__(self, log_dir, name, config: dict, step: int):
+        self.name = name or _new_name(Path(log_dir))
+        self.folder = Path(log_dir) / self.name
+        self.config, self.path = config, self.folder / "metrics.jsonl"
+        self.records = [record for record in _read_records(self.path) if record["step"] <= step]
+        self.bar = self.writer = None
+
+    def start(self, step: int, total: int, tokens_per_step: int):
+        """The first step is about to be made: open the folder's files."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(json.dumps(self.config, indent=2), "utf-8")
+        aside = self.folder / ".metrics.jsonl.tmp"
+        aside.write_text("".join(json.dumps(record) + "\n" for record in self.records), "utf-8")
+        os.replace(aside, self.path)
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        self.writer.add_text("config", f"```\n{json.dumps(self.config, indent=2)}\n```", step)
+        self.file = open(self.path, "a", encoding="utf-8")
+        self.first_step, self.total, self.tokens_per_step = step, total, tokens_per_step
+        self.seconds_before = self.records[-1]["seconds"] if self.records else 0.0
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+        self.started = self.since = time.perf_counter()
+        self.since_step = step
+
+    def tokens_per_second(self, step: int) -> float:
+        """Over the steps since the last line, what was done between them (evaluating) left out."""
+        speed = (step - self.since_step) * self.tokens_per_step / (time.perf_counter() - self.since)
+        self.since_step = step
+        return speed
+
+    def write(self, record: dict, sample: str | None = None):
+        """Log one step; adds `seconds` since the first step, summed over resumes."""
+        elapsed = time.perf_counter() - self.started
+        record["seconds"] = self.seconds_before + elapsed
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self._write_events(record, sample)
+        left = elapsed / (record["step"] - self.first_step) * (self.total - record["step"])
+        self._show(record, left)
+        self.since = time.perf_counter()
+
+    def _write_events(self, record, sample):
+        step = record["step"]
+        tags = {"loss": "loss/train", "val_loss": "loss/val"}
+        for name in ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu"):
+            if record.get(name) is not None:
+                self.writer.add_scalar(tags.get(name, name), record[name], step)
+        if "val_loss" in record:
+            self.writer.add_scalar("perplexity/val", perplexity(record["val_loss"]), step)
+        if sample is not None:
+            self.writer.add_text("sample", f"```\n{sample}\n```", step)
+            self.writer.flush()
+
+    def _show(self, record, left):
+        parts = [
+            f"loss {record['loss']:.4f}",
+            f"lr {record['lr']:.2e}",
+            f"norm {record['grad_norm']:.2f}",
+            f"{record['tokens_per_second']:,.0f} tok/s",
+        ]
+        if record["mfu"] is not None:
+            parts.append(f"mfu {record['mfu']:.0%}")
+        if self.bar is not None:
+            self.bar.set_postfix_str(", ".join(parts), refresh=False)
+            self.bar.update(record["step"] - self.bar.n)
+        if "val_loss" in record:
+            loss = record["val_loss"]
+            parts.insert(1, f"val loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+        if self.bar is None or "val_loss" in record:
+            line = f"step {record['step']}/{self.total}: {', '.join(parts)}"
+            self.say(f"{line}, {human_time(left)} left")
+
+    def say(self, line):
+        if self.bar is None:
+            log(line)
+        else:
+            self.bar.write(line, file=sys.stderr)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+            self.file.close()
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where it overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _new_name(log_dir):
+    """A dated folder name that log_dir does not have yet."""
+    name = time.strftime("%Y-%m-%d_%H-%M-%S")
+    while (log_dir / name).exists():
+        name += "_"
+    return name
+
+
+def _read_records(path):
+    records = []
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a kill may leave half a line
+                records.append(json.loads(line))
+    return records
+
+
+# ---------------------------------------------------------------- locks
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Hold folder for this process; ValueError naming the holder while another one has it.
+
+    The operating system frees the lock when its holder dies, however it dies.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held, note = filelock.FileLock(folder / ".lock"), folder / ".lock_holder"
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        with contextlib.suppress(OSError):
+            raise ValueError(
+                f"{folder} is in use by {note.read_text('utf-8').strip()}; "
+                "wait for it to end, or choose another folder"
+            ) from None
+        raise ValueError(f"{folder} is in use by another process") from None
+    except OSError as error:
+        error.exit_code = 4
+        raise
+    try:
+        note.write_text(f"process {os.getpid()} ({' '.join(map(_short, sys.argv))})", "utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            note.unlink()
+        held.release()
+
+
+def _short(word):
+    return word if len(word) <= 60 else word[:57] + "..."
+
+
+# ---------------------------------------------------------------- processes and seeds
+
+
+def rank() -> int:
+    """Which of the processes started by torchrun this is; 0 alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def seed_everything(seed: int):
+    """Seed what libraries might draw from; training itself derives its numbers from the step."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def derived_seed(*numbers: int) -> int:
+    """A 63-bit seed from a few integers (splitmix64, Steele 2014), the same everywhere."""
+    state = 0
+    for number in numbers:
+        state = (state + (number & (2**64 - 1)) + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        state ^= state >> 31
+    return state >> 1
+
+
+# ---------------------------------------------------------------- device and precision
+
+# dense bf16/fp16 tensor-core peaks in FLOP/s, from the makers' data sheets
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def pick_device(name: str | None = None) -> tuple[torch.device, str]:
+    """The device to use and why; ValueError where the one asked for is not there."""
+    if name is None:
+        if torch.cuda.is_available():
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            return torch.device("cuda", local_rank), torch.cuda.get_device_name(local_rank)
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "Apple GPU"
+        return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, mps or cpu") from None
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device.type not in ("cuda", "mps", "cpu") or not there.get(device.type, lambda: True)():
+        raise ValueError(f"--device {name}: this machine or this torch has none; try --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
+    return device, "as asked"
+
+
+def pick_dtype(device: torch.device) -> str:
+    """bfloat16 where the device computes in it, else float16 on CUDA, else float32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "cpu" and _cpu_has_bf16():
+        return "bfloat16"
+    return "float32"
+
+
+def _cpu_has_bf16():
+    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16, AMX, Arm BF16)."""
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None
+    return False
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """The device's peak in FLOP/s at this precision, None where it is not known."""
+    if device.type != "cuda" or dtype not in ("bfloat16", "float16"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def autocast(device: torch.device, dtype: str):
+    """Mixed precision: matrix products in bf16 or fp16, weights and sums kept in float32."""
+    if dtype in ("bfloat16", "float16"):
+        return torch.autocast(device.type, getattr(torch, dtype))
+    return contextlib.nullcontext()
+
+
+def set_up_device(device: torch.device):
+    """TF32 for the float32 products that autocast leaves; the first CUDA device is this rank's."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def human_time(seconds: float) -> str:
+    """92 -> '1m32s'."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = int(seconds + 0.5)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
