@@ -103,18 +103,19 @@ GPT2_CONFIGS = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
     "shakespeare-cpu": {
-        "block_size": 128,
+        "block_size": 64,
         "n_layer": 4,
         "n_head": 4,
         "n_embd": 128,
         "dropout": 0.0,
-        "batch_size": 32,
+        "batch_size": 16,
         "gradient_accumulation_steps": 1,
-        "max_iters": 2000,
+        "max_iters": 1700,
         "optimizer": "muon",
         "learning_rate": 8e-3,
         "lr_schedule": "linear",
-        "eval_interval": 200,
+        "eval_interval": 250,
+        "eval_iters": 110,
         "checkpoint_interval": 1000,
         "log_interval": 10,
     },
@@ -271,15 +272,23 @@ def apply_preset(config: GPT2Config, values: dict, keep: set[str]) -> GPT2Config
 def auto_preset(device_type, train_tokens, val_tokens, vocab_size) -> tuple[str, dict]:
     """The preset for a device and a size of text: its name, and its values fitted to the text.
 
-    The split of few tokens bounds block_size; the number of steps is bounded by how often a text
-    can be read before a model of this size learns it by heart.
+    The shorter split bounds block_size, a large vocabulary batch_size (for a CPU the logits are
+    most of the work), and the size of the text how many steps are made: read more than some ten
+    times (some forty with dropout), a small text is learnt by heart and validation gets worse.
     """
-    if device_type == "cuda" and train_tokens >= 20_000_000:
+    large = train_tokens >= 20_000_000
+    if device_type == "cuda" and large:
         return "gpt2", GPT2_CONFIGS["gpt2"]
-    name = "shakespeare-gpu" if device_type == "cuda" else "shakespeare-cpu"
+    name, epochs = ("shakespeare-gpu", 40) if device_type == "cuda" else ("shakespeare-cpu", 10)
     values = dict(GPT2_CONFIGS[name])
     block_size = max(1, min(values["block_size"], train_tokens - 1, val_tokens - 1))
-    values["block_size"] = block_size
+    batch_size = values["batch_size"]
+    if device_type != "cuda":
+        batch_size = max(4, min(batch_size, 2**25 // (block_size * vocab_size)))
+    steps = max(50, epochs * train_tokens // (batch_size * block_size))
+    values |= {"block_size": block_size, "batch_size": batch_size}
+    values["max_iters"] = min(values["max_iters"], steps)
+    values["eval_interval"] = math.ceil(values["max_iters"] / 8)
     return name, values
 
 

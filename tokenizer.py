@@ -252,10 +252,10 @@ def load_tokenizer(source) -> CharTokenizer | BPETokenizer | GPT2Tokenizer:
 
     Raises ValueError naming the file where its content is anything else.
     """
-    name, fields = "tokenizer", source
+    from_dict = isinstance(source, dict)
+    name = "tokenizer" if from_dict else str(source)
     try:
-        if not isinstance(source, dict):
-            name, fields = str(source), json.loads(Path(source).read_bytes())
+        fields = source if from_dict else json.loads(Path(source).read_bytes())
         if not isinstance(fields, dict) or fields.get("kind") not in KINDS:
             raise ValueError(f"'kind' is not one of {', '.join(KINDS)}")
         if fields.get("format") != FORMAT:

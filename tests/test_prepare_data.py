@@ -1,0 +1,556 @@
+"""A text becomes a data set, whole or not at all, whatever the text and the network are like."""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import random
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prepare_data
+import utils
+from data import TokenDataset, read_meta
+from prepare_data import find_files, prepare_file
+from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
+
+STORY = "It was a dark night; the rain fell in torrents.\nThey'd say it's \"late\".\n\n" * 40
+CHINESE = "红楼梦：满纸荒唐言，一把辛酸泪。都云作者痴，谁解其中味？😀\n" * 60
+
+
+def prepare(*flags):
+    """Run the script in this process; its exit code."""
+    return utils.run(prepare_data.main, [str(flag) for flag in flags])
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def ids_of(data_dir):
+    dataset = TokenDataset(data_dir)
+    return np.concatenate([dataset.train, dataset.val]).tolist()
+
+
+def hashes(folder):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("[!.]*"))
+    }
+
+
+def strays(folder):
+    return [path.name for path in Path(folder).rglob("*.tmp")]
+
+
+def nasty_text(seed, length):
+    """Spaces, contractions, Chinese, long words: where pieces might be cut wrongly."""
+    signs = " '\n\tstmd.,!?aé0中文，。😀\u3000\x1c\u0301"
+    units = [*signs, "'ll", "   ", "\r\n", "x" * 30, "中文字" * 9]
+    return "".join(random.Random(seed).choices(units, k=length))
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_tiny_shakespeare_splits_into_1003854_and_111540_tokens(tmp_path, monkeypatch, capsys):
+    """By a text of its length that is in data_dir already, as a download would leave it."""
+    monkeypatch.chdir(tmp_path)
+    text = ("".join(map(chr, range(48, 112))) + "\n") * 17160
+    write(tmp_path / "data" / "shakespeare" / "input.txt", text[:1_115_394])
+    assert prepare("--dataset", "shakespeare") == 0
+    out = capsys.readouterr().out
+    assert "1,003,854" in out and "111,540" in out and out.endswith("next: python train.py\n")
+    meta = read_meta("data/shakespeare")
+    assert [meta["splits"][s]["tokens"] for s in ("train", "val")] == [1_003_854, 111_540]
+    assert meta["vocab_size"] == 65 and meta["tokenizer"]["kind"] == "char"
+
+
+def test_files_are_nanogpts_layout_and_meta_describes_them(tmp_path):
+    text = write(tmp_path / "a.txt", "héllo wörld" * 10)
+    meta = prepare_file(text, "char", tmp_path / "d")
+    raw = (tmp_path / "d" / "train.bin").read_bytes()
+    char = load_tokenizer(tmp_path / "d" / "tokenizer.json")
+    assert char.decode(np.frombuffer(raw, "<u2")) == ("héllo wörld" * 10)[:99]
+    assert meta["splits"]["train"] == {
+        "tokens": 99,
+        "bytes": 99 + 18,
+        "sha256": hashlib.sha256(raw).hexdigest(),
+    }
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert meta["sources"] == [{"name": "a.txt", "bytes": 130, "sha256": digest}]
+    assert meta == read_meta(tmp_path / "d")
+    assert strays(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
+def test_chinese_and_emoji_survive(kind, tmp_path, request):
+    if kind == "gpt2":
+        request.getfixturevalue("gpt2_vocabulary")
+    text = write(tmp_path / "a.txt", CHINESE)
+    prepare_file(text, kind, tmp_path / "d")
+    tokenizer = load_tokenizer(tmp_path / "d" / "tokenizer.json")
+    assert tokenizer.kind == kind
+    end = "" if kind == "char" else "<|endoftext|>"
+    assert tokenizer.decode(ids_of(tmp_path / "d")) == CHINESE + end
+
+
+def test_bytes_are_the_same_whatever_the_number_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK", 500)
+    text = write(tmp_path / "a.txt", nasty_text(0, 20_000))
+    written = []
+    for workers in (1, 2, 3):
+        data_dir = tmp_path / str(workers)
+        flags = ("--tokenizer", "bpe", "--vocab_size", 400, "--data_dir", data_dir)
+        assert prepare("--input", text, *flags, "--workers", workers) == 0
+        written.append(hashes(data_dir))
+    assert written[0] == written[1] == written[2]
+
+
+def test_val_fraction_is_the_end_of_the_text_in_characters(tmp_path):
+    text = write(tmp_path / "a.txt", "中" * 70 + "ab" * 15)
+    assert prepare("--input", text, "--tokenizer", "char", "--data_dir", tmp_path / "d",
+                   "--val_fraction", 0.3) == 0  # fmt: skip
+    dataset = TokenDataset(tmp_path / "d")
+    assert dataset.train.tolist() == [2] * 70 and dataset.val.tolist() == [0, 1] * 15
+
+
+def test_line_ends_are_kept_and_a_byte_order_mark_is_dropped(tmp_path):
+    text = write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n" + "\ufeff".encode())
+    prepare_file(text, "bpe", tmp_path / "d")
+    decoded = load_tokenizer(tmp_path / "d" / "tokenizer.json").decode(ids_of(tmp_path / "d"))
+    assert decoded == "one\r\ntwo\rthree\n\ufeff<|endoftext|>"
+
+
+# ---------------------------------------------------------------- pieces
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_pieces_give_the_tokens_of_the_whole_text(kind, tmp_path, monkeypatch, request):
+    if kind == "gpt2":
+        request.getfixturevalue("gpt2_vocabulary")
+        tokenizer = GPT2Tokenizer()
+    else:
+        tokenizer = BPETokenizer.train(nasty_text(99, 5000), 500)
+    monkeypatch.setattr(prepare_data, "LONGEST", 10_000)
+    for seed in range(200):
+        monkeypatch.setattr(prepare_data, "CHUNK", random.Random(seed).randrange(1, 200))
+        text = nasty_text(seed, 600)
+        size = prepare_data.CHUNK
+        stream = [*(text[i : i + size] for i in range(0, len(text), size)), prepare_data.END]
+        pieces = list(prepare_data.pieces(stream, tokenizer.safe_cut))
+        ids = [i for piece in pieces for i in prepare_data.encode_piece(tokenizer, piece)[0]]
+        assert ids == [*tokenizer.encode(text), tokenizer.eot_id]
+        assert len(pieces) > 3
+
+
+def test_a_word_without_end_is_cut_at_the_limit(monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK", 10)
+    monkeypatch.setattr(prepare_data, "LONGEST", 30)
+    stream = ["x" * 10] * 10 + [prepare_data.END]
+    pieces = list(prepare_data.pieces(stream, BPETokenizer.train("x", 257).safe_cut))
+    assert [len(text) for piece in pieces for text in piece] == [30, 30, 30, 10, 0, 0]
+
+
+def test_a_million_spaces_and_a_million_letters_are_encoded(tmp_path):
+    text = "a" + " " * 1_048_000 + "b" * 1_048_576 + "\n" * 1_000_000 + "c"
+    prepare_file(write(tmp_path / "a.txt", text), "bpe", tmp_path / "d")
+    decoded = load_tokenizer(tmp_path / "d" / "tokenizer.json").decode(ids_of(tmp_path / "d"))
+    assert decoded == text + "<|endoftext|>"
+
+
+def test_every_place_of_the_border_splits_documents_right(tmp_path):
+    """Against encoding each document's share of each split at once."""
+    documents = ["one two", "x", "three, four", "five"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    source = write(tmp_path / "a.jsonl", lines)
+    total = sum(map(len, documents))
+    for n_train in range(1, total):
+        data_dir = tmp_path / str(n_train)
+        flags = ("--tokenizer", "bpe", "--vocab_size", 257, "--data_dir", data_dir)
+        fraction = 1 - (n_train + 0.5) / total
+        assert prepare("--input", source, *flags, "--val_fraction", fraction) == 0
+        bpe = load_tokenizer(data_dir / "tokenizer.json")
+        splits, left = {"train": [], "val": []}, n_train
+        for text in documents:
+            first, rest = text[:left], text[left:]
+            splits["train"] += bpe.encode(first) + ([bpe.eot_id] if left and not rest else [])
+            splits["val"] += bpe.encode(rest) + ([bpe.eot_id] if rest else [])
+            left = max(0, left - len(text))
+        dataset = TokenDataset(data_dir)
+        assert dataset.train.tolist() == splits["train"]
+        assert dataset.val.tolist() == splits["val"]
+
+
+def test_ordered_map_keeps_order_and_stays_few_items_ahead():
+    taken = []
+
+    def items():
+        for i in range(50):
+            taken.append(i)
+            yield i
+
+    results = prepare_data.ordered_map(lambda i: i * i, items(), workers=3)
+    assert next(results) == 0 and len(taken) <= 6
+    assert list(results) == [i * i for i in range(1, 50)]
+
+
+# ---------------------------------------------------------------- kinds of input
+
+
+def test_folder_gz_md_and_jsonl_are_read_in_order(tmp_path):
+    folder = tmp_path / "in"
+    write(folder / "b.jsonl", '{"text": "two"}\n\n{"text": "thr\\u00e9e", "id": 3}\n')
+    write(folder / "a.md", "one")
+    write(folder / "c" / "d.TXT.gz", gzip.compress(b"four" * 20))
+    write(folder / "c" / "e.jsonl.gz", gzip.compress(b'{"text": "five"}'))
+    write(folder / "picture.png", b"\xff")
+    write(folder / ".hidden" / "f.txt", "never")
+    flags = ("--tokenizer", "bpe", "--data_dir", tmp_path / "d")
+    assert prepare("--input", folder, write(tmp_path / "z.txt", "six"), *flags) == 0
+    decoded = load_tokenizer(tmp_path / "d" / "tokenizer.json").decode(ids_of(tmp_path / "d"))
+    assert decoded.split("<|endoftext|>") == ["one", "two", "thrée", "four" * 20, "five", "six", ""]
+    names = [source["name"] for source in read_meta(tmp_path / "d")["sources"]]
+    assert names == ["a.md", "b.jsonl", "c/d.TXT.gz", "c/e.jsonl.gz", "z.txt"]
+
+
+def test_inputs_that_cannot_be_are_all_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    picture = write(tmp_path / "picture.png", b"")
+    with pytest.raises(ValueError) as caught:
+        find_files([tmp_path / "none.txt", picture, tmp_path / "empty"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert "none.txt: no such file" in lines[0]
+    assert "picture.png: not a .txt" in lines[1] and "empty: no .txt" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "ok"}\n{"text": oops}\n', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'{"text": "ok"}\n\n{"body": "x"}\n', "a.jsonl, line 3: no string"),
+        ("a.jsonl", b'{"text": 5}\n', "a.jsonl, line 1: no string"),
+        ("a.jsonl", b'["text"]\n', "a.jsonl, line 1: no string"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl, line 1: half a surrogate"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "a.jsonl: byte 0xFF at offset 25"),
+        ("a.txt", b"caf\xe9 au lait", "a.txt: byte 0xE9 at offset 3"),
+        ("a.txt", b"\xef\xbb\xbfcaf\xe9", "a.txt: byte 0xE9 at offset 6"),
+        ("a.txt", "half: 中".encode()[:-1], "a.txt: byte 0xE4 at offset 6"),
+        ("a.txt", "utf-16".encode("utf-16"), "offset 0"),
+        ("a.txt.gz", gzip.compress(b"hello" * 99)[:-9], "a.txt.gz: not a whole gzip file"),
+        ("a.txt.gz", b"hello", "a.txt.gz: not a whole gzip file"),
+        ("a.txt", b"", "no text, 0 characters"),
+        ("a.txt", " \n\t\u3000".encode(), "no text, 4 characters"),
+        ("a.jsonl", b"\n\n", "no text"),
+        ("a.txt", b"x", "1 characters cannot be split by --val_fraction 0.1"),
+    ],
+)
+def test_bad_text_is_exit_2_and_the_earlier_data_set_stays(
+    name, content, message, tmp_path, capsys
+):
+    good, bad = write(tmp_path / "good.txt", STORY), write(tmp_path / name, content)
+    flags = ("--tokenizer", "char", "--data_dir", tmp_path / "d")
+    assert prepare("--input", good, *flags) == 0
+    before = hashes(tmp_path / "d")
+    capsys.readouterr()
+    assert prepare("--input", bad, *flags, "--overwrite") == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+    assert hashes(tmp_path / "d") == before and strays(tmp_path) == []
+    assert prepare("--input", bad, "--tokenizer", "char", "--data_dir", tmp_path / "new") == 2
+    assert hashes(tmp_path / "new") == {}
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 1000])
+def test_offset_of_a_bad_byte_is_right_wherever_chunks_end(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK", chunk)
+    text = write(tmp_path / "a.txt", "中文é😀".encode() + b"\xf0\x9f\x98x")
+    with pytest.raises(ValueError, match="byte 0xF0 at offset 12 "):
+        prepare_file(text, "char", tmp_path / "d")
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+def test_errors_replace_goes_on_and_counts(chunk, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_data, "CHUNK", chunk)
+    raw = b"a\xffb\xe4\xb8c \xef\xbf\xbd \xf0\xef\xbf\xbd end" + "中".encode()[:2]
+    text = write(tmp_path / "a.txt", raw)
+    lone = write(tmp_path / "b.jsonl", b'{"text": "\\ud800!\xff"}')
+    flags = ("--tokenizer", "char", "--data_dir", tmp_path / "d", "--errors", "replace")
+    assert prepare("--input", text, lone, *flags) == 0
+    assert "6 replacements" in capsys.readouterr().err  # the file's own two are not counted
+    decoded = load_tokenizer(tmp_path / "d" / "tokenizer.json").decode(ids_of(tmp_path / "d"))
+    assert decoded == raw.decode("utf-8", "replace") + "\ufffd!\ufffd"
+
+
+# ---------------------------------------------------------------- again, and differently
+
+
+def test_a_second_run_finds_it_there_and_changes_nothing(tmp_path, capsys):
+    flags = ("--input", write(tmp_path / "a.txt", STORY), "--tokenizer", "char")
+    assert prepare(*flags, "--data_dir", tmp_path / "d") == 0
+    first = capsys.readouterr().out
+    stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "d").glob("[!.]*")}
+    assert prepare(*flags, "--data_dir", tmp_path / "d") == 0
+    captured = capsys.readouterr()
+    assert "already holds this text" in captured.err and captured.out == first
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "d").glob("[!.]*")}
+    assert after == stamps
+    meta = prepare_file(tmp_path / "a.txt", "char", tmp_path / "d")
+    assert meta == read_meta(tmp_path / "d")
+
+
+def test_another_text_or_setting_is_refused_and_overwrite_replaces(tmp_path, capsys):
+    text, data_dir = write(tmp_path / "a.txt", STORY), tmp_path / "d"
+    flags = ("--input", text, "--data_dir", data_dir)
+    assert prepare(*flags, "--tokenizer", "char") == 0
+    before = hashes(data_dir)
+    other = ("--tokenizer", "bpe", "--vocab_size", 300, "--val_fraction", 0.2)
+    capsys.readouterr()
+    assert prepare(*flags, *other) == 2
+    error = capsys.readouterr().err
+    assert "tokenizer: char there, bpe asked for" in error and "--overwrite" in error
+    assert "vocab_size: None there, 300" in error and "val_fraction: 0.1 there, 0.2" in error
+    write(text, STORY + "more")
+    assert prepare(*flags, "--tokenizer", "char") == 2
+    size = len(STORY.encode())
+    assert f"text: a.txt ({size:,} bytes) there, a.txt ({size + 4:,} bytes) now" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match="another --data_dir"):
+        prepare_file(text, "char", data_dir)
+    assert hashes(data_dir) == before
+    assert prepare(*flags, *other, "--overwrite") == 0
+    assert read_meta(data_dir)["tokenizer"]["kind"] == "bpe"
+
+
+def test_a_damaged_data_set_is_not_taken_for_the_one_asked_for(tmp_path, capsys):
+    text, data_dir = write(tmp_path / "a.txt", STORY), tmp_path / "d"
+    prepare_file(text, "char", data_dir)
+    write(data_dir / "train.bin", b"12")
+    flags = ("--input", text, "--tokenizer", "char", "--data_dir", data_dir)
+    assert prepare(*flags) == 2 and "--overwrite" in capsys.readouterr().err
+    write(data_dir / "meta.json", b"{")
+    assert prepare(*flags) == 2 and "--overwrite" in capsys.readouterr().err
+    assert prepare(*flags, "--overwrite") == 0
+    TokenDataset(data_dir)
+
+
+def test_a_second_process_is_told_that_the_folder_is_in_use(tmp_path, capsys):
+    text = write(tmp_path / "a.txt", STORY)
+    with utils.lock(tmp_path / "d"):
+        assert prepare("--input", text, "--data_dir", tmp_path / "d", "--tokenizer", "char") == 2
+    assert "in use" in capsys.readouterr().err
+
+
+def test_a_write_that_fails_is_exit_4_and_leaves_the_earlier_data_set(
+    tmp_path, monkeypatch, capsys
+):
+    text, data_dir = write(tmp_path / "a.txt", STORY), tmp_path / "d"
+    prepare_file(text, "char", data_dir)
+    before = hashes(data_dir)
+
+    def full(self, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(CharTokenizer, "save", full)
+    flags = ("--input", text, "--tokenizer", "char", "--data_dir", data_dir, "--overwrite")
+    assert prepare(*flags) == 4
+    assert hashes(data_dir) == before and strays(data_dir) == []
+
+
+class Countdown:
+    """Counts Python's calls, and kills the process at the n-th."""
+
+    def __init__(self, n=None):
+        self.n, self.calls = n, 0
+
+    def __call__(self, frame, event, argument):
+        self.calls += 1
+        if self.calls == self.n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def prepare_anew(text, data_dir, countdown):
+    options = ["--input", str(text), "--tokenizer", "char", "--data_dir", str(data_dir)]
+    options = prepare_data.parse([*options, "--overwrite"])
+    sys.setprofile(countdown)
+    try:
+        prepare_data.prepare(options)
+    finally:
+        sys.setprofile(None)
+
+
+def assert_whole_or_absent(data_dir):
+    meta = read_meta(data_dir)
+    if meta is not None:
+        TokenDataset(data_dir)
+        for split, said in meta["splits"].items():
+            raw = (data_dir / f"{split}.bin").read_bytes()
+            assert hashlib.sha256(raw).hexdigest() == said["sha256"]
+        loaded = load_tokenizer(data_dir / "tokenizer.json")
+        assert loaded.hash() == meta["tokenizer"]["sha256"]
+
+
+MOMENTS = [*range(5), *(pytest.param(i, marks=pytest.mark.slow) for i in range(5, 20))]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment_a_data_set_is_whole_or_absent(tmp_path, moment):
+    old, new = (write(tmp_path / f"{name}.txt", STORY * 3 + name) for name in "ab")
+    whole, data_dir = Countdown(), tmp_path / "d"
+    prepare_anew(old, tmp_path / "elsewhere", Countdown())
+    prepare_anew(new, tmp_path / "elsewhere", whole)
+    prepare_anew(old, data_dir, Countdown())
+    # half of the kills fall into the last tenth, where files are written and renamed
+    start = 0 if moment % 2 else 0.9
+    n = int(whole.calls * random.Random(moment).uniform(start, 0.99)) + 1
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):  # the child must never return into pytest
+            prepare_anew(new, data_dir, Countdown(n))
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert_whole_or_absent(data_dir)
+    flags = ("--input", new, "--tokenizer", "char", "--data_dir", data_dir, "--overwrite")
+    assert prepare(*flags) == 0 and strays(data_dir) == []
+    assert_whole_or_absent(data_dir)
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["--dataset", "custom"], ["--dataset custom needs --input"]),
+        (["--dataset", "shakespeare", "--input", "a.txt"], ["use --dataset custom"]),
+        (["--vocab_size", "500"], ["only for --tokenizer bpe"]),
+        (["--tokenizer", "bpe", "--vocab_size", "256"], ["at least 257"]),
+        (["--val_fraction", "0", "--workers", "0"], ["between 0 and 1", "at least 1"]),
+        (["--val_fraction", "nan"], ["between 0 and 1"]),
+        (["--val_fraction", "1"], ["between 0 and 1"]),
+        (["--tokeniser", "char"], ["did you mean --tokenizer"]),
+    ],
+)
+def test_wrong_flags_are_exit_2_all_at_once(flags, messages, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert prepare(*flags) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(messages)
+    for line, message in zip(lines, messages, strict=True):
+        assert line.startswith("error: ") and message in line
+    assert os.listdir(tmp_path) == []
+
+
+def test_bpe_says_when_the_text_yields_a_smaller_vocabulary(tmp_path, capsys):
+    text = write(tmp_path / "a.txt", "abcdefgh " * 3)
+    assert prepare("--input", text, "--tokenizer", "bpe", "--data_dir", tmp_path / "d") == 0
+    assert "not 4,096" in capsys.readouterr().err
+    assert read_meta(tmp_path / "d")["vocab_size"] < 300
+
+
+def test_bpe_learns_from_a_bounded_sample(monkeypatch):
+    chunks = [f"a{i}" for i in range(1000)]
+    monkeypatch.setattr(prepare_data, "SAMPLE_WORDS", 100)
+    assert 20 < len(list(prepare_data.training_sample(chunks))) < 40
+    monkeypatch.setattr(prepare_data, "SAMPLE", 100)
+    assert len(list(prepare_data.training_sample(["the same", None] * 1000))) == 13
+
+
+def test_chinese_with_gpt2_is_told_how_much_shorter_bpe_would_be(tmp_path, capsys, gpt2_vocabulary):
+    flags = ("--data_dir", tmp_path / "d", "--overwrite")
+    assert prepare("--input", write(tmp_path / "a.txt", CHINESE), *flags) == 0
+    assert "--tokenizer bpe" in capsys.readouterr().err
+    assert prepare("--input", write(tmp_path / "a.txt", STORY), *flags) == 0
+    assert "--tokenizer bpe" not in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the download
+
+PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50
+
+
+@contextlib.contextmanager
+def server(status=200, body=PLAY, length=None):
+    """An address on this machine that answers so, and how often it was asked."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.send_header("Content-Length", str(length or len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}/input.txt", asked
+        httpd.shutdown()
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No proxy between us and 127.0.0.1, no waiting, and PLAY in place of Shakespeare's."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(prepare_data, "PAUSE", 0)
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE", "http://127.0.0.1:9/refused")
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
+    monkeypatch.chdir(tmp_path)
+    return Path("data/shakespeare")
+
+
+def test_download_is_kept_and_not_made_twice(offline, monkeypatch):
+    with server() as (address, asked):
+        monkeypatch.setattr(prepare_data, "SHAKESPEARE", address)
+        assert prepare() == 0
+        assert prepare("--overwrite") == 0
+    assert asked == ["/input.txt"]
+    assert (offline / "input.txt").read_bytes() == PLAY
+    assert read_meta(offline)["sources"][0]["name"] == "input.txt"
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ({"body": PLAY[:1000], "length": len(PLAY)}, "cut short, 1,000 of 3,050 bytes"),
+        ({"body": b"<html>please log in</html>"}, "wrong sha256"),
+        ({"status": 404, "body": b"no"}, "404"),
+        ({"status": 500, "body": b"no"}, "500"),
+        (None, "refused"),
+    ],
+    ids=["cut short", "another text", "404", "500", "refused"],
+)
+def test_download_that_fails_says_why_and_the_bundled_text_is_used(
+    answer, problem, offline, monkeypatch, capsys
+):
+    with server(**(answer or {})) as (address, asked):
+        if answer:
+            monkeypatch.setattr(prepare_data, "SHAKESPEARE", address)
+        assert prepare() == 0
+    assert len(asked) == (3 if answer else 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and problem in lines[0]
+    assert "sonnets.txt" in lines[0] and "--overwrite" in lines[0]
+    assert not (offline / "input.txt").exists() and strays(offline) == []
+    source = read_meta(offline)["sources"][0]
+    bundled = prepare_data.BUNDLED.read_bytes()
+    assert source["name"] == "sonnets.txt" and source["bytes"] == len(bundled)
+    assert source["sha256"] == hashlib.sha256(bundled).hexdigest()

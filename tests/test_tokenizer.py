@@ -1,0 +1,301 @@
+"""Text survives every tokenizer, what was saved loads the same, and no file can do harm."""
+
+import itertools
+import json
+import os
+import random
+import threading
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import tokenizer as module
+from tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    StreamDecoder,
+    load_tokenizer,
+)
+
+TEXTS = [
+    "",
+    "Hello, world! It's 2019; they'll   come.\n\n\tyes\r\n",
+    "红楼梦：满纸荒唐言，一把辛酸泪。都云作者痴，谁解其中味？",
+    "😀👩‍👩‍👧 ça coûte 5 €, e\u0301 \u3000 ｶﾅ 한국어",
+    "".join(map(chr, range(32))) + "\x7f\x80\x85\xa0",
+    "plain <|endoftext|> text",
+    "\ufeff\ufffd\uffff\U0010ffff",
+]
+ALL = "".join(TEXTS)
+# what GPT-2's rule for words treats specially, and what Unicode versions may disagree on
+SPECIAL = [
+    *" '\n\t\rsdtmlrve.,!?aéñ0中文字，。😀\u3000\x1c\x85\xa0١\u0301\u200d",
+    "'ll",
+    "   ",
+    "\n\n",
+]
+
+
+def nasty_text(seed, length):
+    return "".join(random.Random(seed).choices(SPECIAL, k=length))
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    """One of each kind that needs nothing from outside."""
+    return {"char": CharTokenizer.train(ALL), "bpe": BPETokenizer.train([ALL * 3, ALL], 400)}
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_vocabulary):
+    return GPT2Tokenizer()
+
+
+@pytest.fixture(params=["char", "bpe", "gpt2"])
+def tokenizer(request, tokenizers):
+    return tokenizers.get(request.param) or request.getfixturevalue("gpt2")
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_text_survives_encoding_and_decoding(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.encode_to_numpy(text).tolist() == ids
+
+
+def test_saved_tokenizer_loads_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for loaded in (
+        load_tokenizer(tmp_path / "tokenizer.json"),
+        load_tokenizer(tokenizer.to_dict()),
+    ):
+        assert type(loaded) is type(tokenizer) and loaded.hash() == tokenizer.hash()
+        assert loaded.encode(ALL) == tokenizer.encode(ALL)
+        assert (loaded.vocab_size, loaded.eot_id) == (tokenizer.vocab_size, tokenizer.eot_id)
+    assert os.listdir(tmp_path) == ["tokenizer.json"]
+    json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))  # JSON, nothing pickled
+
+
+def test_tokenizer_travels_in_a_checkpoint_with_weights_only(tokenizer, tmp_path):
+    torch.save({"tokenizer": tokenizer.to_dict()}, tmp_path / "checkpoint.pt")
+    fields = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["tokenizer"]
+    assert load_tokenizer(fields).hash() == tokenizer.hash()
+
+
+def test_saving_that_fails_leaves_the_earlier_file(tokenizers, tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    tokenizers["char"].save(path)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        tokenizers["bpe"].save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["tokenizer.json"]
+
+
+def test_decode_refuses_ids_out_of_range(tokenizer):
+    for wrong in (-1, tokenizer.vocab_size, 2**40):
+        with pytest.raises(ValueError, match=rf"{wrong} at position 1"):
+            tokenizer.decode([0, wrong])
+    assert tokenizer.decode(np.array([0, 1])) == tokenizer.decode([0, 1])
+
+
+# ---------------------------------------------------------------- streaming
+
+
+def test_streamed_text_equals_decoded_text_for_random_ids(tokenizer):
+    rng = random.Random(0)
+    decoder = StreamDecoder(tokenizer)
+    for _ in range(1000):
+        # ids below 256 are single bytes: most sequences are broken UTF-8
+        top = rng.choice([256, tokenizer.vocab_size]) if tokenizer.kind != "char" else 20
+        ids = [rng.randrange(top) for _ in range(rng.randrange(30))]
+        streamed = "".join([decoder.push(i) for i in ids]) + decoder.flush()
+        assert streamed == tokenizer.decode(ids)
+
+
+def test_streaming_holds_back_half_a_character(tokenizers):
+    bpe = BPETokenizer.train("abc", 257)  # bytes alone: an emoji is four ids
+    decoder = StreamDecoder(bpe)
+    assert [decoder.push(i) for i in bpe.encode("😀!")] == ["", "", "", "😀", "!"]
+    assert decoder.push(bpe.encode("😀")[0]) == "" and decoder.flush() == "\ufffd"
+
+
+# ---------------------------------------------------------------- each kind
+
+
+def test_char_vocabulary_is_the_sorted_characters():
+    char = CharTokenizer.train("hello\n")
+    assert char.characters == ["\n", "e", "h", "l", "o"] and char.eot_id is None
+    assert char.encode("hole") == [2, 4, 3, 1]
+    assert char.encode_to_numpy("hole").dtype == np.uint16
+
+
+def test_char_names_an_unknown_character_and_its_position():
+    char = CharTokenizer.train("caf eth")
+    message = r"^character U\+00E9 'é' at position 3 is not in the vocabulary \(7 characters\)$"
+    with pytest.raises(ValueError, match=message):
+        char.encode("café the")
+    with pytest.raises(ValueError, match=r"U\+1F600 '😀' at position 2"):
+        char.encode("ca😀")
+    with pytest.raises(ValueError, match=r"U\+0061 'a' at position 0 .* \(0 characters\)"):
+        CharTokenizer.train("").encode("a")
+
+
+def test_char_keeps_half_surrogate_pairs_apart():
+    char = CharTokenizer.train("\ud83d\ude00a")  # as two characters, not as one emoji
+    assert load_tokenizer(char.to_dict()).decode(char.encode("\ud83d\ude00")) == "\ud83d\ude00"
+
+
+def test_bpe_has_all_bytes_then_merges_then_end_of_text():
+    bpe = BPETokenizer.train("low lower lowest " * 10, 261)
+    assert bpe.vocab_size == 261 and bpe.eot_id == 260
+    assert sorted(bpe.decode_bytes([i]) for i in range(256)) == [bytes([b]) for b in range(256)]
+    assert bpe.decode([260]) == "<|endoftext|>"
+    assert bpe.encode("<|endoftext|>") != [260]
+    assert len(bpe.encode(" low")) < 4
+
+
+def test_bpe_learns_the_pairs_that_a_plain_count_finds():
+    """Against the textbook loop: merge the commonest pair of neighbours, again and again."""
+    text = "aaabdaaabac aaab abac"
+    words = [list(word) for word in ["aaabdaaabac", "\u0120aaab", "\u0120abac"]]
+    merges = []
+    for _ in range(2):
+        pairs = [pair for word in words for pair in itertools.pairwise(word)]
+        best = max(set(pairs), key=pairs.count)
+        assert [pairs.count(pair) for pair in set(pairs)].count(pairs.count(best)) == 1, "a tie"
+        merges.append("".join(best))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i : i + 2] = ["".join(best)]
+                i += 1
+    assert BPETokenizer.train(text, 259).tokens[256:] == merges
+
+
+def test_bpe_training_is_deterministic():
+    text = nasty_text(3, 20_000)
+    hashes = {BPETokenizer.train([text, text[:500]], 500).hash() for _ in range(3)}
+    assert len(hashes) == 1
+
+
+def test_bpe_stops_where_no_pair_occurs_twice():
+    assert BPETokenizer.train("abcdefg", 1000).vocab_size == 257
+    with pytest.raises(ValueError, match="--vocab_size 256"):
+        BPETokenizer.train("abc", 256)
+
+
+def test_bpe_trains_on_one_word_without_end():
+    bpe = BPETokenizer.train("".join(random.Random(0).choices("ACGT", k=200_000)), 400)
+    assert bpe.vocab_size == 400
+
+
+def test_bpe_encodes_half_a_surrogate_pair_as_replacement(tokenizers):
+    assert tokenizers["bpe"].decode(tokenizers["bpe"].encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_gpt2_equals_tiktoken(gpt2):
+    reference = tiktoken.get_encoding("gpt2")
+    for text in [*TEXTS, *(nasty_text(seed, 60) for seed in range(2000))]:
+        assert gpt2.encode(text) == reference.encode_ordinary(text)
+    assert gpt2.encode("Hello, world") == [15496, 11, 995]
+    assert (gpt2.vocab_size, gpt2.eot_id) == (50257, 50256)
+
+
+def test_saved_gpt2_loads_without_tiktokens_vocabulary(gpt2, monkeypatch):
+    def unreachable(name):
+        raise OSError("no network")
+
+    fields = gpt2.to_dict()
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    assert load_tokenizer(fields).encode("Hello, world") == [15496, 11, 995]
+
+
+def test_gpt2_without_its_vocabulary_names_the_remedies(monkeypatch):
+    def unreachable(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    with pytest.raises(ValueError, match=r"TIKTOKEN_CACHE_DIR.*--tokenizer bpe") as caught:
+        GPT2Tokenizer()
+    assert "\n" not in str(caught.value)
+
+
+def test_gpt2_gives_up_on_a_network_that_never_answers(monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: answer.wait())
+    monkeypatch.setattr(module, "DOWNLOAD_SECONDS", 0.05)
+    with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR"):
+        GPT2Tokenizer()
+    answer.set()
+
+
+# ---------------------------------------------------------------- cutting
+
+
+def test_safe_cut_changes_no_token(tokenizer):
+    cuts = 0
+    for seed in range(3000):
+        text = nasty_text(seed, 40) if tokenizer.kind != "char" else ALL[seed % 50 :]
+        cut = tokenizer.safe_cut(text)
+        cuts += 0 < cut < len(text)
+        parts = tokenizer.encode(text[:cut]) + tokenizer.encode(text[cut:])
+        assert parts == tokenizer.encode(text), (text, cut)
+    assert cuts > 2000 or tokenizer.kind == "char"
+
+
+def test_safe_cut_finds_the_last_place_and_says_when_there_is_none(tokenizers):
+    cut = tokenizers["bpe"].safe_cut
+    assert cut("one two three") == 7 and cut("他说，好的。再见") == 5
+    assert cut("x" * 1000) == 0 and cut("") == 0 and cut(" " * 1000) == 0
+
+
+# ---------------------------------------------------------------- damaged files
+
+
+def damaged():
+    char = {"format": 1, "kind": "char", "characters": ["a", "b"]}
+    bpe = BPETokenizer.train("low low", 258).to_dict()
+    yield "not JSON", b'{"format": 1, "kin'
+    yield "not UTF-8", b"\xff\xfe\x00"
+    yield "too deep", b"[" * 100_000
+    yield "a list", []
+    yield "no kind", {"format": 1}
+    yield "unknown kind", char | {"kind": "word"}
+    yield "kind a list", char | {"kind": ["char"]}
+    yield "another format", char | {"format": 2}
+    yield "no characters", {"format": 1, "kind": "char"}
+    yield "characters a string", char | {"characters": "ab"}
+    yield "two in one", char | {"characters": ["ab"]}
+    yield "a number", char | {"characters": ["a", 1]}
+    yield "twice", char | {"characters": ["a", "b", "a"]}
+    yield "no tokens", {"format": 1, "kind": "bpe"}
+    yield "tokens a list", bpe | {"tokens": bpe["tokens"].split()}
+    yield "empty token", bpe | {"tokens": bpe["tokens"] + "  lo"}
+    yield "token twice", bpe | {"tokens": bpe["tokens"] + " a"}
+    yield "strange symbol", bpe | {"tokens": bpe["tokens"] + " 中"}
+    yield "a byte missing", bpe | {"tokens": bpe["tokens"].removeprefix("! ")}
+    yield "gpt2 too short", bpe | {"kind": "gpt2"}
+
+
+@pytest.mark.parametrize("content", [pytest.param(c, id=name) for name, c in damaged()])
+def test_damaged_file_is_refused_by_name(content, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer: .") as caught:
+        load_tokenizer(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_is_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_tokenizer(tmp_path / "none.json")
