@@ -10,6 +10,7 @@ of plain tensors, numbers, strings, lists and dicts. This file alone knows the c
 
 import contextlib
 import os
+import pickle
 import re
 import shutil
 import time
@@ -137,19 +138,27 @@ def load(path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; `python train.py` makes one")
+        raise CheckpointError(f"{path}: no such file; `python train.py` makes checkpoints")
     try:
         with open(path, "rb") as file:
             _check_archive(file, path.stat().st_size)
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
         _check_state(state)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # whatever a hostile file makes zipfile or torch raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: damaged or not a checkpoint ({reason[:200]})") from error
+        raise CheckpointError(f"{path}: not usable, {_reason(error)}") from error
     return state
+
+
+def _reason(error) -> str:
+    """Why a file cannot be used, in words for who has never seen inside one."""
+    if isinstance(error, zipfile.BadZipFile):
+        return "the file is cut short, damaged or no checkpoint"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds something else than plain data, which might run code when opened"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def latest(folder) -> tuple[Path, dict, list[str]] | None:
@@ -205,7 +214,7 @@ def _check_archive(file, size):
             raise ValueError("records larger than the file")
         bad = archive.testzip()
         if bad is not None:
-            raise ValueError(f"record {bad} does not match its checksum")
+            raise ValueError(f"damaged: its part {bad} does not match the checksum")
 
 
 def _check_state(state):

@@ -28,7 +28,7 @@ def load_model(spec=None, device=None, dtype=None):
     device, _ = pick_device(None if device is None else str(device))
     dtype = _checked_dtype(dtype, device)
     path = find_default() if spec is None else Path(spec)
-    state = checkpoint.load(path)
+    state = _load(path)
     config = checkpoint.model_config(state)
     tokenizer = _tokenizer(state, config, path)
     with device:  # the first random weights are made where the model will be: a GPU is quick at it
@@ -41,6 +41,13 @@ def load_model(spec=None, device=None, dtype=None):
         f"{model.num_params():,} parameters, {dtype} on {device}"
     )
     return model.to(dtype=getattr(torch, dtype)).eval(), tokenizer
+
+
+def _load(path):
+    try:
+        return checkpoint.load(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --checkpoint PATH names another") from error
 
 
 def find_default() -> Path:

@@ -1,9 +1,12 @@
 """Checkpoints are whole or absent, damage is found, and no file can run code."""
 
+import contextlib
 import errno
 import hashlib
 import os
 import pickle
+import resource
+import time
 import zipfile
 from pathlib import Path
 
@@ -126,10 +129,12 @@ def damage_cut(path, at):
 
 
 def tensor_offset(path):
-    """Where the largest record of the file has its data."""
+    """The middle of the largest tensor's data in the file."""
     with zipfile.ZipFile(path) as archive:
-        info = max(archive.infolist(), key=lambda member: member.file_size)
-    return path.read_bytes().index(b"FB", info.header_offset) + 200
+        tensors = [member for member in archive.infolist() if "/data/" in member.filename]
+        largest = max(tensors, key=lambda member: member.file_size)
+        data = archive.read(largest)
+    return path.read_bytes().index(data) + len(data) // 2
 
 
 def damage_bit(path):
@@ -162,7 +167,7 @@ def test_damage_is_found_and_the_one_before_is_used(tmp_path, kind):
     path = tmp_path / "checkpoint.pt"
     DAMAGES[kind](path)
     bad = digest(path)
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: damaged"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: not usable"):
         load(path)
     used, state, damaged = latest(tmp_path)
     assert used.name == "previous_checkpoint.pt" and state["step"] == 1
@@ -235,8 +240,8 @@ def model(change):
 
 
 HOSTILE = {  # what it is -> how it is made, and the reason given
-    "a pickle": (pickled, "not a zip"),
-    "a pickle inside torch's zip": (pickled_in_zip, "Weights only load failed"),
+    "a pickle": (pickled, "no checkpoint"),
+    "a pickle inside torch's zip": (pickled_in_zip, "might run code"),
     "a deflated zip": (deflated, "compressed"),
     "a sparse tensor": (model(lambda m: m.update({WTE: m[WTE].to_sparse()})), "not a plain tensor"),
     "a meta tensor": (model(lambda m: m.update({WTE: m[WTE].to("meta")})), "not a plain tensor"),
@@ -290,6 +295,29 @@ def test_hostile_file_is_refused_and_runs_nothing(tmp_path, kind, monkeypatch):
         load(path)
     assert error.value.exit_code == 3 and len(str(error.value).splitlines()) == 1
     assert not canary.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_hostile_files_cost_little_time_and_memory(tmp_path):
+    """Under 2 s and 200 MB each, beyond what importing torch takes."""
+    paths = []
+    for number, (make, _) in enumerate(HOSTILE.values()):
+        paths.append(tmp_path / f"{number}.pt")
+        make(paths[-1], tmp_path / "canary")
+    for path in paths:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                start = time.perf_counter()
+                with contextlib.suppress(CheckpointError):
+                    load(path)
+                kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+                code = 0 if time.perf_counter() - start < 2 and kilobytes < 200_000 else 2
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, path
 
 
 HOSTILE_WEIGHTS = {

@@ -362,7 +362,7 @@ def test_resume_survives_damage_to_the_latest(config, capfd):
     path.write_bytes(path.read_bytes()[:-1])
     train(config)
     err = capfd.readouterr().err
-    assert f"{path}: damaged" in err and "previous_checkpoint.pt (the newest intact" in err
+    assert f"{path}: not usable" in err and "previous_checkpoint.pt (the newest intact" in err
     assert same(saved(config)["model"], saved(undisturbed)["model"]) or torch.get_num_threads() > 1
 
 
