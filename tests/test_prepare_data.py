@@ -408,14 +408,14 @@ MOMENTS = [*range(5), *(pytest.param(i, marks=pytest.mark.slow) for i in range(5
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment_a_data_set_is_whole_or_absent(tmp_path, moment):
-    old, new = (write(tmp_path / f"{name}.txt", STORY * 3 + name) for name in "ab")
+    old, new = (write(tmp_path / f"{name}.txt", name + STORY * 3 + name) for name in "ab")
     whole, data_dir = Countdown(), tmp_path / "d"
     prepare_anew(old, tmp_path / "elsewhere", Countdown())
     prepare_anew(new, tmp_path / "elsewhere", whole)
     prepare_anew(old, data_dir, Countdown())
-    # half of the kills fall into the last tenth, where files are written and renamed
-    start = 0 if moment % 2 else 0.9
-    n = int(whole.calls * random.Random(moment).uniform(start, 0.99)) + 1
+    # most of the kills fall into the last quarter, where files are synced and renamed
+    first = 1 if moment % 4 == 3 else whole.calls * 3 // 4
+    n = random.Random(moment).randrange(first, whole.calls - 20)
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):  # the child must never return into pytest

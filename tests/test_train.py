@@ -224,6 +224,20 @@ def test_accumulation_equals_one_large_batch_after_40_steps(config):
         assert (weights[0][name] - weights[1][name]).abs().max() < 1e-12
 
 
+def test_dropout_depends_on_seed_step_and_micro_step_alone(config):
+    config = replace(config, dropout=0.5)
+    trainer = Trainer(config, training.TokenDataset(config.data_dir))
+
+    def loss(step, micro_step, drawn_before):
+        trainer.step = step
+        torch.rand(drawn_before)
+        return trainer.forward_backward(micro_step).item()
+
+    assert loss(3, 1, 0) == loss(3, 1, 17)
+    trainer.sampler.starts = lambda step, micro_step: [0, 20, 40, 60]  # the same data every time
+    assert len({loss(3, 0, 0), loss(3, 1, 0), loss(4, 0, 0)}) == 3
+
+
 def test_evaluating_and_logging_change_nothing(config):
     often = elsewhere(replace(config, eval_interval=3, log_interval=2), f"{config.log_dir}/often")
     train(config)
