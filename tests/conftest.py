@@ -1,7 +1,9 @@
 """What the tests share: where the code is, tiny data sets and configs, the GPT-2 vocabulary."""
 
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +18,28 @@ torch.set_num_threads(1)  # tiny models run fastest so, and forked children run 
 TEXT = "".join(
     f"line {i}: the quick brown fox jumps over the lazy dog {i * i}.\n" for i in range(120)
 )
+
+
+def in_child(function, *arguments):
+    """Call function in a forked child; its exit code, negative for a signal (SIGALRM: it hung).
+
+    A child on one thread, because OpenMP's threads do not survive a fork.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            signal.alarm(120)
+            torch.set_num_threads(1)
+            code = function(*arguments)
+        except BaseException:  # the child must never return into pytest
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_child
 
 import checkpoint
 from checkpoint import CheckpointError, latest, load, save, save_latest, save_numbered
@@ -305,19 +306,17 @@ def test_hostile_files_cost_little_time_and_memory(tmp_path):
     for number, (make, _) in enumerate(HOSTILE.values()):
         paths.append(tmp_path / f"{number}.pt")
         make(paths[-1], tmp_path / "canary")
+
+    def costs_little(path):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        with contextlib.suppress(CheckpointError):
+            load(path)
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        return 0 if time.perf_counter() - start < 2 and kilobytes < 200_000 else 2
+
     for path in paths:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            with contextlib.suppress(BaseException):
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                start = time.perf_counter()
-                with contextlib.suppress(CheckpointError):
-                    load(path)
-                kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-                code = 0 if time.perf_counter() - start < 2 and kilobytes < 200_000 else 2
-            os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, path
+        assert in_child(costs_little, path) == 0, path
 
 
 HOSTILE_WEIGHTS = {

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import in_child
 
 import prepare_data
 import utils
@@ -416,12 +417,7 @@ def test_killed_at_any_moment_a_data_set_is_whole_or_absent(tmp_path, moment):
     # most of the kills fall into the last quarter, where files are synced and renamed
     first = 1 if moment % 4 == 3 else whole.calls * 3 // 4
     n = random.Random(moment).randrange(first, whole.calls - 20)
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):  # the child must never return into pytest
-            prepare_anew(new, data_dir, Countdown(n))
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert in_child(prepare_anew, new, data_dir, Countdown(n)) == -signal.SIGKILL
     assert_whole_or_absent(data_dir)
     flags = ("--input", new, "--tokenizer", "char", "--data_dir", data_dir, "--overwrite")
     assert prepare(*flags) == 0 and strays(data_dir) == []

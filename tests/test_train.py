@@ -9,14 +9,13 @@ import math
 import os
 import random
 import signal
-import sys
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TEXT, in_child
 
 import checkpoint
 import train as training
@@ -27,24 +26,6 @@ from utils import lock, run
 
 KILLS = range(5)
 MANY_KILLS = [pytest.param(i, marks=pytest.mark.slow) for i in range(5, 50)]
-
-
-def in_child(function, *arguments):
-    """Call function in a forked child; its exit code, negative for a signal."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            code = function(*arguments)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code if isinstance(code, int) else 0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def flags(config):
@@ -323,8 +304,6 @@ def undisturbed(tmp_path_factory):
     """A finished run that the killed ones are compared with."""
     folder = tmp_path_factory.mktemp("undisturbed")
     text = folder / "text.txt"
-    from conftest import TEXT
-
     text.write_text(TEXT, "utf-8")
     training.prepare_file(text, "char", folder / "data")
     values = {"block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 16, "dropout": 0.1}
@@ -359,7 +338,7 @@ def test_resume_survives_a_kill_after_any_time(undisturbed, tmp_path, moment):
     for _ in range(2):
         pid = os.fork()
         if pid == 0:
-            torch.set_num_threads(1)
+            signal.alarm(120)
             os._exit(main(config))
         time.sleep(chance.uniform(0.02, 0.4))
         os.kill(pid, signal.SIGKILL)
