@@ -36,11 +36,6 @@ from model import GPT2, KVCache
 from optim import learning_rate, make_optimizer, optimizer_state
 from utils import ArgumentParser, autocast, log, pick_device, pick_dtype, run, set_up_device
 
-try:
-    import resource
-except ImportError:  # Windows has none: no peak memory there
-    resource = None
-
 HERE = Path(__file__).parent
 # nanoGPT's README, "I only have a macbook": the recipe for a CPU
 RECIPE = {"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.0}
@@ -91,7 +86,9 @@ def _worker(setup, options, pipe):
 def _peak_mb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows has none
         return None
     kilobyte = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte

@@ -124,7 +124,7 @@ class Trainer:
         config, step_limit = self.config, self.config.max_iters
         self.log = RunLog(config.log_dir, self.run_name, settings.to_dict(self.given), self.step)
         self.run_name = self.log.name
-        if self.step >= step_limit:
+        if self.step >= step_limit or self.out_of_patience():
             return self.already_finished()
         if self.step == 0:
             checkpoint.save_latest(config.checkpoint_dir, self.state())
@@ -142,15 +142,12 @@ class Trainer:
                     record["val_loss"] = self.evaluate()
                 self.log.write(record, self.sample() if evaluating else None)
             if evaluating:
-                self.save(record["val_loss"])
                 last = last or self.out_of_patience()
-            if self.step % config.checkpoint_interval == 0:
-                self.save_numbered()
+            self.save(record["val_loss"] if evaluating else None, last)
             if last:
                 break
             if self.stop.signum is not None:
                 self.leave(saved=evaluating)
-        checkpoint.save(Path(config.checkpoint_dir) / checkpoint.FINAL, self.state())
         return self.finish()
 
     def update(self):
@@ -294,18 +291,22 @@ class Trainer:
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.run_name = state["run"]
 
-    def save(self, val_loss):
-        """The latest checkpoint, and the best one if this is it."""
-        folder = Path(self.config.checkpoint_dir)
-        best = self.best_val_loss is None or val_loss < self.best_val_loss
-        self.best_val_loss = val_loss if best else self.best_val_loss
-        if best:
-            checkpoint.save(folder / checkpoint.BEST, self.state())
-        checkpoint.save_latest(folder, self.state())
+    def save(self, val_loss, last):
+        """The checkpoints that are due after a step; val_loss is None where none was measured.
 
-    def save_numbered(self):
-        config = self.config
-        checkpoint.save_numbered(config.checkpoint_dir, self.state(), config.keep_checkpoints)
+        checkpoint.pt comes last: after a kill between two of them the step is made again, and with
+        it the files that were missing.
+        """
+        folder, keep = Path(self.config.checkpoint_dir), self.config.keep_checkpoints
+        if val_loss is not None and (self.best_val_loss is None or val_loss < self.best_val_loss):
+            self.best_val_loss = val_loss
+            checkpoint.save(folder / checkpoint.BEST, self.state())
+        if self.step % self.config.checkpoint_interval == 0:
+            checkpoint.save_numbered(folder, self.state(), keep)
+        if last:
+            checkpoint.save(folder / checkpoint.FINAL, self.state())
+        if val_loss is not None:
+            checkpoint.save_latest(folder, self.state())
 
     # ---- ends
 
@@ -313,7 +314,7 @@ class Trainer:
         """Whether the last `patience` evaluations brought nothing better."""
         losses = [record["val_loss"] for record in self.log.records if "val_loss" in record]
         patience = self.config.patience
-        if patience is None or losses.index(min(losses)) >= len(losses) - patience:
+        if patience is None or not losses or losses.index(min(losses)) >= len(losses) - patience:
             return False
         self.log.say(f"no better validation loss in {patience} evaluations: stopping (--patience)")
         return True
@@ -330,8 +331,8 @@ class Trainer:
     def already_finished(self) -> dict:
         self.log.close()
         log(
-            f"this run is finished: step {self.step} of {self.config.max_iters}. Go on with "
-            "--max_iters and a larger number, or start anew with --fresh"
+            f"this run is finished: step {self.step} of {self.config.max_iters}. Go on with a "
+            "larger --max_iters (or --patience), or start anew with --fresh"
         )
         return self.log.records[-1] if self.log.records else {"step": self.step}
 

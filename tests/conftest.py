@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -11,9 +12,11 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from config import GPT2Config  # noqa: E402
 
+tqdm.set_lock(threading.RLock())  # tqdm shares its own with forks, and a killed one keeps it
 torch.set_num_threads(1)  # tiny models run fastest so, and forked children run at all
 TEXT = "".join(
     f"line {i}: the quick brown fox jumps over the lazy dog {i * i}.\n" for i in range(120)

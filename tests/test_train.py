@@ -347,6 +347,31 @@ def test_resume_survives_a_kill_after_any_time(undisturbed, tmp_path, moment):
     assert_same_run(config, undisturbed)
 
 
+@pytest.mark.parametrize("name", ["best", "checkpoint_iter_40", "final", "latest"])
+def test_resume_makes_up_for_a_kill_between_the_saves_of_a_step(config, name):
+    config = replace(config, checkpoint_interval=20)
+    undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
+    assert in_child(main, undisturbed) == 0
+
+    def killed():
+        save = checkpoint.save
+
+        def dying(path, state, previous=None):
+            latest = Path(path).name == "checkpoint.pt"
+            if state["step"] == 40 and (latest if name == "latest" else name in str(path.name)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(path, state, previous)
+
+        checkpoint.save = dying
+        return main(config)
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert in_child(main, config) == 0
+    assert_same_run(config, undisturbed)
+    names = set(os.listdir(undisturbed.checkpoint_dir))
+    assert set(os.listdir(config.checkpoint_dir)) == names
+
+
 def test_resume_survives_damage_to_the_latest(config, capfd):
     undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
     train(undisturbed)
