@@ -11,6 +11,7 @@ lives in a process of its own and does one sample when it is its turn: A B A B .
 printed as a table, then everything as one line of JSON (--save FILE keeps it).
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -154,7 +155,8 @@ def nanogpt_training(options):
     """nanoGPT's loop: on a CPU float32, its default there; on CUDA bf16 and compiled."""
     config = our_config(options)
     device = torch.device(config.device)
-    set_up_device(device)
+    if device.type == "cuda":
+        set_up_device(device)  # TF32, as its train.py sets it; nothing of ours on a CPU
     nanogpt = load_nanogpt(options)
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     model = nanogpt.GPT(nanogpt.GPTConfig(**{name: getattr(config, name) for name in names}))
@@ -467,10 +469,14 @@ def table(report) -> str:
 
 
 def machine(options) -> dict:
-    device, why = pick_device(options.device)
+    device, _ = pick_device(options.device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):  # Linux knows it better
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        name = [line.split(":")[1].strip() for line in lines if line.startswith("model name")][0]
     return {
         "device": str(device),
-        "name": why if device.type == "cuda" else platform.processor() or platform.machine(),
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import json
 import math
@@ -357,11 +358,24 @@ def autocast(device: torch.device, dtype: str):
 
 
 def set_up_device(device: torch.device):
-    """TF32 for the float32 products that autocast leaves; the first CUDA device is this rank's."""
+    """On CUDA: TF32 for the float32 products that autocast leaves. On a CPU: keep freed memory."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+    elif device.type == "cpu":
+        _keep_freed_memory()
+
+
+def _keep_freed_memory():
+    """Let glibc's malloc reuse what large tensors free instead of giving it back to the system,
+    which would map and clear it anew in each step: a third of the time of training GPT-2 124M.
+    """
+    trim_threshold, mmap_max = -1, -4  # names of mallopt(3)
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
 
 
 def human_time(seconds: float) -> str:
