@@ -193,10 +193,12 @@ def fit_for_rows(rows, device):
 
 
 def new_cache(model, rows):
-    """A cache in the type that the model's keys and values will have."""
+    """A cache in the type that attention computes in: the model's, on a CPU at least float32."""
     weight = next(model.parameters())
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    if kind == "cpu" and dtype == torch.bfloat16:
+        dtype = torch.float32
     return KVCache(model.config, rows, weight.device, dtype)
 
 
