@@ -509,7 +509,7 @@ def main(argv=None) -> int:
     add("--samples", type=int, default=5, metavar="N", help="turns of each contender (5)")
     add("--streams", type=int, default=1, metavar="N", help="texts generated at once (1)")
     add("--new_tokens", type=int, default=100, metavar="N", help="tokens a text (100)")
-    add("--nanogpt_share", type=int, default=5, metavar="N", help="nanoGPT makes 1/N of them (5)")
+    add("--nanogpt_share", type=int, default=1, metavar="N", help="nanoGPT makes 1/N of them (1)")
     add("--megabytes", type=int, default=200, metavar="N", help="of text to prepare (200)")
     add("--to_loss", type=float, metavar="X", help="train: seconds to this validation loss")
     add("--data_dir", default="./data/shakespeare", metavar="DIR", help="for --to_loss")
@@ -524,11 +524,10 @@ def main(argv=None) -> int:
         raise ValueError("--samples, --steps, --streams and --batch_size must be at least 1")
     report = {"work": options.work, "machine": machine(options), "options": vars(options).copy()}
     report |= WORK[options.work](options)
-    print(table(report))
     text = json.dumps(report, default=str)
     if options.save:
         Path(options.save).write_text(text + "\n", "utf-8")
-    print(text)
+    print(f"{table(report)}\n{text}")
     return 0
 
 
