@@ -392,6 +392,13 @@ def prepare_anew(text, data_dir, countdown):
         sys.setprofile(None)
 
 
+def write_number_of_calls(text, data_dir, path):
+    whole = Countdown()
+    prepare_anew(text, data_dir, whole)
+    path.write_text(str(whole.calls))
+    return 0
+
+
 def assert_whole_or_absent(data_dir):
     meta = read_meta(data_dir)
     if meta is not None:
@@ -410,13 +417,14 @@ MOMENTS = [*range(5), *(pytest.param(i, marks=pytest.mark.slow) for i in range(5
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment_a_data_set_is_whole_or_absent(tmp_path, moment):
     old, new = (write(tmp_path / f"{name}.txt", name + STORY * 3 + name) for name in "ab")
-    whole, data_dir = Countdown(), tmp_path / "d"
-    prepare_anew(old, tmp_path / "elsewhere", Countdown())
-    prepare_anew(new, tmp_path / "elsewhere", whole)
+    data_dir, elsewhere = tmp_path / "d", tmp_path / "elsewhere"
+    prepare_anew(old, elsewhere, Countdown())
     prepare_anew(old, data_dir, Countdown())
+    assert in_child(write_number_of_calls, new, elsewhere, tmp_path / "calls") == 0
+    calls = int((tmp_path / "calls").read_text())
     # most of the kills fall into the last quarter, where files are synced and renamed
-    first = 1 if moment % 4 == 3 else whole.calls * 3 // 4
-    n = random.Random(moment).randrange(first, whole.calls - 20)
+    first = 1 if moment % 4 == 3 else calls * 3 // 4
+    n = random.Random(moment).randrange(first, calls - 20)
     assert in_child(prepare_anew, new, data_dir, Countdown(n)) == -signal.SIGKILL
     assert_whole_or_absent(data_dir)
     flags = ("--input", new, "--tokenizer", "char", "--data_dir", data_dir, "--overwrite")
