@@ -183,3 +183,32 @@ def test_a_row_of_unequal_length_is_as_if_alone():
 def test_too_long_an_input_is_refused():
     with pytest.raises(ValueError, match="block_size 16"):
         small()(torch.zeros(1, 17, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------- an independent reference
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_logits_equal_those_of_transformers(seed):
+    """Random Hugging Face GPT-2s of odd shapes, in float64."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    n_head = [1, 2, 3, 5, 7, 12][seed]
+    sizes = {"n_layer": 1 + seed % 3, "n_head": n_head, "n_embd": 8 * n_head}
+    vocab_size, block_size = [100, 257, 1000, 65, 3001, 50257][seed], [8, 9, 64, 33, 100, 16][seed]
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=vocab_size, n_positions=block_size, **sizes)
+    )
+    theirs = theirs.double().eval()
+    ours = GPT2(GPT2Config(vocab_size=vocab_size, block_size=block_size, **sizes)).double().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        weights = theirs.state_dict()
+        for name, parameter in ours.named_parameters():
+            weight = weights[name]  # theirs keeps linear layers transposed
+            is_linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            parameter.copy_(weight.T if is_linear else weight)
+        idx = torch.randint(vocab_size, (2, block_size))
+        difference = ours(idx)[0] - theirs(idx).logits
+    assert difference.abs().max() < 1e-10
