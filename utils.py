@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import datetime
 import difflib
 import json
 import math
@@ -269,6 +270,42 @@ def rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device, timeout: float = 600):
+    """Join the other processes that torchrun started, if any; whoever waits for one of them longer
+    than timeout seconds raises.
+
+    Tensors on a GPU travel through NCCL, those in host memory through gloo.
+    """
+    if world_size() == 1 or torch.distributed.is_initialized():
+        yield
+        return
+    cuda = device.type == "cuda"
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        timeout=datetime.timedelta(seconds=timeout),
+        device_id=device if cuda else None,
+    )
+    yield
+    torch.distributed.destroy_process_group()  # after an error it might wait for the dead
+
+
+def sum_over_processes(tensor):
+    """tensor, now the sum of those of all processes."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def gather_from_processes(items: list) -> list:
+    """The items of all processes, in the order of their ranks; the same list everywhere."""
+    if world_size() == 1:
+        return items
+    lists = [None] * world_size()
+    torch.distributed.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
 
 
 def seed_everything(seed: int):
