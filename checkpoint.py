@@ -38,6 +38,7 @@ KEYS = {  # key -> the types that its value may have
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 LATEST, PREVIOUS = "checkpoint.pt", "previous_checkpoint.pt"
 BEST, FINAL = "best_checkpoint.pt", "final_checkpoint.pt"
+NUMBERED = "checkpoint_iter_{}.pt"
 
 
 class CheckpointError(Exception):
@@ -92,8 +93,8 @@ def _keep(path, previous):
 
 def save_numbered(folder, state: dict, keep: int):
     """Save checkpoint_iter_N.pt and remove all but the newest `keep` of its kind."""
-    save(Path(folder) / f"checkpoint_iter_{state['step']}.pt", state)
-    for path in sorted(Path(folder).glob("checkpoint_iter_*.pt"), key=_step_of)[: -keep or None]:
+    save(Path(folder) / NUMBERED.format(state["step"]), state)
+    for path in sorted(Path(folder).glob(NUMBERED.format("*")), key=_step_of)[: -keep or None]:
         path.unlink(missing_ok=True)
 
 
@@ -186,7 +187,7 @@ def latest(folder) -> tuple[Path, dict, list[str]] | None:
 def _candidates(folder):
     """Checkpoints of a folder, newest first."""
     first = [folder / LATEST, folder / PREVIOUS]
-    rest = set(folder.glob("checkpoint_iter_*.pt")) | {folder / FINAL, folder / BEST}
+    rest = set(folder.glob(NUMBERED.format("*"))) | {folder / FINAL, folder / BEST}
     rest = sorted((p for p in rest if p.exists()), key=lambda p: p.stat().st_mtime, reverse=True)
     return [path for path in first if path.exists()] + rest
 

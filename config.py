@@ -51,6 +51,9 @@ class GPT2Config:
     device: str | None = None  # cuda, cuda:1, mps or cpu; unset: the best that is there
     dtype: str | None = None  # float32, bfloat16, float16, float64; unset: the best that is there
     compile: bool | None = None  # torch.compile; unset: on CUDA only
+    parallel: str = "ddp"  # several processes: ddp (whole model each) or fsdp (a part each)
+    activation_checkpointing: bool = False  # compute activations twice, keep only blocks' inputs
+    peer_timeout: float = 600  # seconds to wait for another process before giving up
     seed: int = 1337  # of the weights, the data order and dropout
     # evaluation
     eval_interval: int = 1000  # steps between evaluations
@@ -88,6 +91,9 @@ GPT2_CONFIGS = {
         "beta1": 0.9,
         "beta2": 0.95,
         "grad_clip": 1.0,
+        "parallel": "ddp",
+        "activation_checkpointing": False,
+        "peer_timeout": 600,
         "seed": 1337,
         "eval_interval": 1000,
         "eval_iters": 200,
@@ -143,6 +149,7 @@ CHOICES = {
     "optimizer": ("adamw", "muon"),
     "lr_schedule": ("cosine", "linear"),
     "dtype": DTYPES,
+    "parallel": ("ddp", "fsdp"),
     "preset": ("auto", "none", *GPT2_CONFIGS),
 }
 LARGEST = {  # far beyond any GPT-2; what is above is a slip or a hostile file
@@ -190,7 +197,12 @@ def problems(config: GPT2Config) -> list[str]:
         require(name, lambda v: 0 <= v < 1, "must be in [0, 1)")
     require("learning_rate", lambda v: 0 < v < math.inf, "must be a positive number")
     require("weight_decay", lambda v: 0 <= v < math.inf, "must not be negative")
+    require("peer_timeout", lambda v: 0 < v < math.inf, "must be a positive number of seconds")
     require("grad_clip", lambda v: 0 < v < math.inf, "must be positive; `none` turns clipping off")
+    if config.parallel == "fsdp" and dtype_name(config.dtype) == "float16":
+        found.append(
+            "--dtype float16: not with --parallel fsdp, which has no loss scaling; bfloat16"
+        )
     if not bad & {"n_embd", "n_head"} and config.n_head > 0:
         limit = f"not divisible by --n_head {config.n_head}"
         require("n_embd", lambda v: v % config.n_head == 0, limit)
@@ -269,8 +281,9 @@ def apply_preset(config: GPT2Config, values: dict, keep: set[str]) -> GPT2Config
     return replace(config, **{name: v for name, v in values.items() if name not in keep})
 
 
-def auto_preset(device_type, train_tokens, val_tokens, vocab_size) -> tuple[str, dict]:
-    """The preset for a device and a size of text: its name, and its values fitted to the text.
+def auto_preset(device_type, train_tokens, val_tokens, vocab_size, processes=1) -> tuple[str, dict]:
+    """The preset for a device and a size of text: its name, and its values fitted to the text and
+    to the number of processes that share a step.
 
     The shorter split bounds block_size, a large vocabulary batch_size (for a CPU the logits are
     most of the work), and the size of the text how many steps are made: read more than some ten
@@ -278,7 +291,7 @@ def auto_preset(device_type, train_tokens, val_tokens, vocab_size) -> tuple[str,
     """
     large = train_tokens >= 20_000_000
     if device_type == "cuda" and large:
-        return "gpt2", GPT2_CONFIGS["gpt2"]
+        return "gpt2", _shared(dict(GPT2_CONFIGS["gpt2"]), processes)
     name, epochs = ("shakespeare-gpu", 40) if device_type == "cuda" else ("shakespeare-cpu", 10)
     values = dict(GPT2_CONFIGS[name])
     block_size = max(1, min(values["block_size"], train_tokens - 1, val_tokens - 1))
@@ -289,7 +302,15 @@ def auto_preset(device_type, train_tokens, val_tokens, vocab_size) -> tuple[str,
     values |= {"block_size": block_size, "batch_size": batch_size}
     values["max_iters"] = min(values["max_iters"], steps)
     values["eval_interval"] = math.ceil(values["max_iters"] / 8)
-    return name, values
+    return name, _shared(values, processes)
+
+
+def _shared(values, processes):
+    """values with as many micro-batches as the processes can share, of about the same step."""
+    before = values["gradient_accumulation_steps"]
+    after = math.lcm(before, processes)
+    batch_size = max(1, values["batch_size"] * before // after)
+    return values | {"gradient_accumulation_steps": after, "batch_size": batch_size}
 
 
 # ---------------------------------------------------------------- flags and files

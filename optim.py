@@ -69,7 +69,8 @@ class Muon(torch.optim.AdamW):
 
     Muon (Jordan 2024) with the update scaled to AdamW's usual size, 0.2 * sqrt(longer side) (Liu et
     al. 2025), so that one learning rate serves both. Matrices of one shape are orthogonalized
-    together; the three that c_attn stacks are taken apart first.
+    together; the three that c_attn stacks are taken apart first. A matrix that fsdp has spread over
+    the processes is put together for it, in each of them: a part of it would not do.
     """
 
     def __init__(self, params, orthogonalize_dtype=None, **options):
@@ -88,7 +89,7 @@ class Muon(torch.optim.AdamW):
     def _muon_step(self, group):
         found_inf = getattr(self, "found_inf", None)
         keep = 1.0 if found_inf is None else 1.0 - found_inf  # 0 where the step must change nothing
-        batches = {}  # shape -> [(matrix, its momentum after this step's gradient)]
+        updates = {}  # parameter -> what is subtracted from it
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -101,16 +102,23 @@ class Muon(torch.optim.AdamW):
                 grad = torch.where(found_inf > 0, 0.0, grad)
             state["step"] += keep
             momentum.lerp_(grad, (1 - MUON_MOMENTUM) * keep)
-            update = grad.lerp(momentum, MUON_MOMENTUM)  # Nesterov
-            parts = zip(_square_parts(p), _square_parts(update), strict=True)
-            for weight, part in parts:
-                batches.setdefault(weight.shape, []).append((weight, part))
-        for shape, pairs in batches.items():
-            weights, updates = zip(*pairs, strict=True)
-            updates = orthogonalize(torch.stack(updates), self.orthogonalize_dtype)
-            scale = 0.2 * math.sqrt(max(shape))
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"] * keep)
-            torch._foreach_add_(weights, [u * (-group["lr"] * scale * keep) for u in updates])
+            updates[p] = whole(grad.lerp(momentum, MUON_MOMENTUM))  # Nesterov
+        self._orthogonalize(updates.values())
+        params = list(updates)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * keep)
+        steps = torch._foreach_mul(
+            [laid_out_as(p, updates[p]) for p in params], -group["lr"] * keep
+        )
+        torch._foreach_add_(params, steps)
+
+    def _orthogonalize(self, updates):
+        """In place, all matrices of one shape at once."""
+        by_shape = {}
+        for part in (part for update in updates for part in _square_parts(update)):
+            by_shape.setdefault(part.shape, []).append(part)
+        for shape, parts in by_shape.items():
+            new = orthogonalize(torch.stack(parts), self.orthogonalize_dtype)
+            torch._foreach_copy_(parts, list((new * (0.2 * math.sqrt(max(shape)))).unbind()))
 
 
 def _square_parts(matrix):
@@ -135,19 +143,43 @@ def orthogonalize(matrices, dtype=None, steps: int = 5):
     return (x.mT if tall else x).to(matrices.dtype)
 
 
+# ---------------------------------------------------------------- tensors in parts
+
+
+def whole(tensor):
+    """tensor in one piece, in every process: what fsdp has spread over them is put together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def laid_out_as(p, tensor):
+    """tensor, which every process has whole, spread over them as the parameter p is."""
+    if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # takes a second to import
+
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
+
+
 # ---------------------------------------------------------------- state by name
 
 
 def optimizer_state(optimizer, model) -> dict:
     """The optimizer's memory by parameter name, so that it fits any order of parameters."""
     names = {id(p): name for name, p in model.named_parameters()}
-    return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+    return {
+        names[id(p)]: {key: whole(value) for key, value in memory.items()}
+        for p, memory in optimizer.state.items()
+    }
 
 
 def load_optimizer_state(optimizer, model, state: dict):
     """Put optimizer_state's memory back; shapes were checked by whoever read it."""
     names = {id(p): name for name, p in model.named_parameters()}
-    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    order = [p for group in optimizer.param_groups for p in group["params"]]
     current = optimizer.state_dict()
-    current["state"] = {i: state[name] for i, name in enumerate(order) if name in state}
+    current["state"] = {
+        i: {key: laid_out_as(p, v.to(p.device)) for key, v in state[names[id(p)]].items()}
+        for i, p in enumerate(order)
+        if names[id(p)] in state
+    }
     optimizer.load_state_dict(current)

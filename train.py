@@ -4,6 +4,7 @@
     python train.py --preset gpt2 --data_dir data/mytext  # GPT-2 124M
     python train.py --data novel.txt --tokenizer char --prompt "It was"
     python train.py --resume --max_iters 4000
+    torchrun --nproc_per_node 8 train.py --preset gpt2 --data_dir data/mytext
 
 Every field of GPT2Config is a flag. From Python: `from train import train; train(GPT2Config())`.
 """
@@ -13,10 +14,14 @@ import math
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint
 import config as settings
@@ -26,7 +31,7 @@ from data import BatchSampler, TokenDataset
 from evaluate import mean_loss
 from generate import sample_text
 from model import GPT2
-from optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state
+from optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, whole
 from prepare_data import prepare_file
 from tokenizer import load_tokenizer
 from utils import (
@@ -34,15 +39,21 @@ from utils import (
     RunLog,
     autocast,
     derived_seed,
+    from_first,
+    gather_from_processes,
     human_time,
     lock,
     log,
     peak_flops,
     pick_device,
     pick_dtype,
+    process_group,
+    rank,
     run,
     seed_everything,
     set_up_device,
+    share_from_first,
+    sum_over_processes,
     world_size,
 )
 
@@ -66,58 +77,89 @@ def train(config: GPT2Config, resume: bool = False, fresh: bool = False) -> dict
     """Train as config says, going on from checkpoint_dir's latest checkpoint where it fits; return
     the last object logged to metrics.jsonl.
 
-    resume insists on a checkpoint, fresh sets an earlier run's aside. Raises ValueError for what
-    the user can mend, CheckpointError, OSError (could not write), NonFiniteError, Interrupted.
+    resume insists on a checkpoint, fresh sets an earlier run's aside. Under torchrun all processes
+    call it alike. Raises ValueError for what the user can mend, CheckpointError, OSError (could not
+    write), NonFiniteError, Interrupted, PeerError.
     """
     settings.validate(config)
-    if world_size() > 1:
-        raise ValueError("several processes (torchrun) are not supported yet; start one")
+    if config.gradient_accumulation_steps % world_size():
+        raise ValueError(
+            f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: counts over all "
+            f"processes and is not divisible by {world_size()} of them"
+        )
+    device, why = pick_device(config.device)
     dataset = TokenDataset(config.data_dir)
     dataset.require(config.block_size)
-    with lock(config.checkpoint_dir), StopSignals() as stop:
-        checkpoint.clean(config.checkpoint_dir)
-        state = None if fresh else find_checkpoint(config, dataset, resume)
-        trainer = Trainer(config, dataset, state, stop)
-        if fresh:
-            set_aside(config.checkpoint_dir)
-        return trainer.run()
+    set_up_device(device)
+    folder = config.checkpoint_dir
+    with process_group(device, config.peer_timeout) as group, StopSignals(group) as stop:
+        check_alike(config, dataset)
+        with share_lock(folder):
+            state = (
+                None
+                if fresh
+                else share_from_first(lambda: find_checkpoint(config, dataset, resume))
+            )
+            trainer = Trainer(config, dataset, state, stop)
+            trainer.describe(why)
+            if fresh and rank() == 0:
+                set_aside(folder)
+            return trainer.run()
 
 
 class Trainer:
     """Everything that a run changes as it goes, and the steps that change it."""
 
     def __init__(self, config, dataset, state=None, stop=None):
-        device, why = pick_device(config.device)
+        device, _ = pick_device(config.device)
         dtype = settings.dtype_name(config.dtype or pick_dtype(device))
         compiled = device.type == "cuda" if config.compile is None else config.compile
         self.given = config = replace(config, vocab_size=dataset.vocab_size)  # what is saved
         self.config = config = settings.derived(
             replace(config, device=str(device), dtype=dtype, compile=compiled)
         )
-        set_up_device(device)
         seed_everything(config.seed)
         self.device, self.dataset, self.stop = device, dataset, stop or StopSignals()
+        self.tokenizer = load_tokenizer(dataset.tokenizer_path)
         self.sampler = BatchSampler(
             dataset.train,
             config.block_size,
             config.batch_size,
             config.gradient_accumulation_steps,
             config.seed,
-            vocab_size=config.vocab_size,
+            rank(),
+            world_size(),
+            config.vocab_size,
         )
-        self.tokenizer = load_tokenizer(dataset.tokenizer_path)
-        wide = torch.float64 if dtype == "float64" else torch.float32
-        self.raw_model = GPT2(config).to(device, wide)
-        self.optimizer = make_optimizer(self.raw_model, config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+        self.micro_steps = config.gradient_accumulation_steps // world_size()
+        self.tokens_per_step = (
+            config.batch_size * config.gradient_accumulation_steps * config.block_size
+        )
         self.step, self.best_val_loss, self.run_name = 0, None, None
+        self.skipped, self.finite = 0, None
+        self.build(state)
+
+    def build(self, state):
+        """The model, wrapped for this machine, and the optimizer; from a checkpoint's state."""
+        config = self.config
+        wide = torch.float64 if config.dtype == "float64" else torch.float32
+        self.raw_model = GPT2(config).to(self.device, wide)
+        if state is not None:
+            checkpoint.load_weights(self.raw_model, state)
+        self.sharded = world_size() > 1 and config.parallel == "fsdp"
+        if config.activation_checkpointing:
+            recompute_activations(self.raw_model)
+        if self.sharded:
+            shard(self.raw_model, self.device, config.dtype)
+        self.optimizer = make_optimizer(self.raw_model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.dtype == "float16")
         if state is not None:
             self.load_state(state)
-        self.model = compile_model(self) if compiled else self.raw_model
-        self.skipped, self.finite = 0, None
-        batch = config.batch_size * config.gradient_accumulation_steps
-        self.tokens_per_step = batch * config.block_size
-        self.describe(why)
+        self.model = compile_model(self) if config.compile else self.raw_model
+        self.synced = self.model  # the model whose backward pass exchanges gradients
+        if world_size() > 1 and not self.sharded:
+            self.synced = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.warm_up()
 
     def run(self) -> dict:
         """Train to max_iters, evaluating, saving and logging when due."""
@@ -127,7 +169,7 @@ class Trainer:
         if self.step >= step_limit or self.out_of_patience():
             return self.already_finished()
         if self.step == 0:
-            checkpoint.save_latest(config.checkpoint_dir, self.state())
+            self.save(checkpoint.LATEST)
         self.log.start(self.step, step_limit, self.tokens_per_step)
         while self.step < step_limit:
             loss, grad_norm = self.update()
@@ -143,15 +185,17 @@ class Trainer:
                 self.log.write(record, self.sample() if evaluating else None)
             if evaluating:
                 last = last or self.out_of_patience()
-            self.save(record["val_loss"] if evaluating else None, last)
+            self.save_what_is_due(record["val_loss"] if evaluating else None, last)
+            signum = self.stop.asked()
             if last:
                 break
-            if self.stop.signum is not None:
-                self.leave(saved=evaluating)
+            if signum is not None:
+                self.leave(signum, saved=evaluating)
         return self.finish()
 
     def update(self):
-        """One optimizer step; its loss (mean over the micro-batches) and gradient norm, on device.
+        """One optimizer step; its loss (mean over the micro-batches of all processes) and gradient
+        norm, on device.
 
         The weights stay as they are if either is not finite. On CUDA that is found out one step
         late, when the answer has long arrived, so that nothing waits for the device.
@@ -160,12 +204,14 @@ class Trainer:
         rate = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = torch.zeros((), device=self.device)
-        for micro_step in range(config.gradient_accumulation_steps):
-            loss += self.forward_backward(micro_step)
+        loss = 0.0
+        for micro_step in range(self.micro_steps):
+            with self.exchange_at(micro_step):
+                loss += self.forward_backward(micro_step)
+        loss = sum_over_processes(loss) / world_size()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if config.grad_clip is None else config.grad_clip
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit))
         self.read_finite()
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         self.ask_finite(finite)
@@ -183,15 +229,34 @@ class Trainer:
 
         Dropout draws from a seed made of (seed, step, micro-step), never from what ran before.
         """
-        config, accumulation = self.config, self.config.gradient_accumulation_steps
         x, y = self.to_device(self.sampler.batch(self.step, micro_step))
         number = self.sampler.global_micro_step(micro_step)
-        torch.manual_seed(derived_seed(config.seed, self.step, number))
-        with autocast(self.device, config.dtype):
-            _, loss = self.model(x, y)
-        loss = loss / accumulation
+        torch.manual_seed(derived_seed(self.config.seed, self.step, number))
+        with autocast(self.device, self.config.dtype):
+            _, loss = self.synced(x, y)
+        loss = loss / self.micro_steps
         self.scaler.scale(loss).backward()
         return loss.detach()
+
+    def exchange_at(self, micro_step):
+        """Gradients are exchanged once a step, in the backward pass of its last micro-batch; until
+        then they add up in each process. The exchange takes their mean.
+        """
+        last = micro_step == self.micro_steps - 1
+        if self.sharded:
+            self.raw_model.set_requires_gradient_sync(last)
+        elif world_size() > 1 and not last:
+            return self.synced.no_sync()
+        return contextlib.nullcontext()
+
+    def warm_up(self):
+        """One backward pass for nothing: DDP arranges its buckets anew after the first, and with
+        them the order of its sums, which would differ between a run and a resumed one.
+        """
+        x, y = self.to_device(self.sampler.batch(0))
+        with autocast(self.device, self.config.dtype):
+            self.synced(x, y)[1].backward()
+        self.raw_model.zero_grad(set_to_none=True)
 
     def to_device(self, batch):
         if self.device.type != "cuda":
@@ -230,7 +295,8 @@ class Trainer:
         loss, grad_norm = loss.item(), grad_norm.item()  # waits for the device, so before the clock
         speed = self.log.tokens_per_second(self.step)
         peak = peak_flops(self.device, self.config.dtype)
-        mfu = None if peak is None else speed * self.raw_model.flops_per_token() / peak
+        flops = self.raw_model.flops_per_token()
+        mfu = None if peak is None else speed * flops / (peak * world_size())
         rate = self.optimizer.param_groups[0]["lr"]
         record = {"step": self.step, "loss": loss, "lr": rate, "grad_norm": grad_norm}
         return record | {"tokens_per_second": speed, "mfu": mfu}
@@ -264,7 +330,9 @@ class Trainer:
     # ---- state
 
     def state(self) -> dict:
-        """All that resuming needs; see checkpoint.KEYS."""
+        """All that resuming needs; see checkpoint.KEYS. Every process must call it, to put together
+        what fsdp has spread over them.
+        """
         generators = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -272,7 +340,7 @@ class Trainer:
             "format": checkpoint.FORMAT,
             "step": self.step,
             "best_val_loss": self.best_val_loss,
-            "model": self.raw_model.state_dict(),
+            "model": self.weights(),
             "optimizer": optimizer_state(self.optimizer, self.raw_model),
             "scaler": self.scaler.state_dict(),
             "rng": generators,
@@ -282,8 +350,14 @@ class Trainer:
             "run": self.run_name,
         }
 
+    def weights(self) -> dict:
+        """Every parameter by name; a tied one is the same tensor under both of its names."""
+        named = list(self.raw_model.named_parameters(remove_duplicate=False))
+        tensors = {p: whole(p.detach()) for p in dict(named).values()}
+        return {name: tensors[p] for name, p in named}
+
     def load_state(self, state):
-        checkpoint.load_weights(self.raw_model, state)
+        """All but the weights, which were there before the optimizer was."""
         load_optimizer_state(self.optimizer, self.raw_model, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -291,22 +365,35 @@ class Trainer:
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.run_name = state["run"]
 
-    def save(self, val_loss, last):
+    def save_what_is_due(self, val_loss, last):
         """The checkpoints that are due after a step; val_loss is None where none was measured.
 
         checkpoint.pt comes last: after a kill between two of them the step is made again, and with
         it the files that were missing.
         """
-        folder, keep = Path(self.config.checkpoint_dir), self.config.keep_checkpoints
+        due = []
         if val_loss is not None and (self.best_val_loss is None or val_loss < self.best_val_loss):
             self.best_val_loss = val_loss
-            checkpoint.save(folder / checkpoint.BEST, self.state())
+            due.append(checkpoint.BEST)
         if self.step % self.config.checkpoint_interval == 0:
-            checkpoint.save_numbered(folder, self.state(), keep)
+            due.append(checkpoint.NUMBERED)
         if last:
-            checkpoint.save(folder / checkpoint.FINAL, self.state())
+            due.append(checkpoint.FINAL)
         if val_loss is not None:
-            checkpoint.save_latest(folder, self.state())
+            due.append(checkpoint.LATEST)
+        if due:
+            self.save(*due)
+
+    def save(self, *names):
+        """Write the state under these names; the first process does."""
+        folder, state = Path(self.config.checkpoint_dir), self.state()
+        for name in names if rank() == 0 else ():
+            if name == checkpoint.LATEST:
+                checkpoint.save_latest(folder, state)
+            elif name == checkpoint.NUMBERED:
+                checkpoint.save_numbered(folder, state, self.config.keep_checkpoints)
+            else:
+                checkpoint.save(folder / name, state)
 
     # ---- ends
 
@@ -319,14 +406,14 @@ class Trainer:
         self.log.say(f"no better validation loss in {patience} evaluations: stopping (--patience)")
         return True
 
-    def leave(self, saved):
+    def leave(self, signum, saved):
         """A signal came: save, unless this step was saved already, and go."""
         if not saved:
-            checkpoint.save_latest(self.config.checkpoint_dir, self.state())
+            self.save(checkpoint.LATEST)
         self.log.close()
-        name = signal.Signals(self.stop.signum).name
+        name = signal.Signals(signum).name
         message = f"{name} at step {self.step}: state saved, the same command goes on from there"
-        raise Interrupted(self.stop.signum, message)
+        raise Interrupted(signum, message)
 
     def already_finished(self) -> dict:
         self.log.close()
@@ -360,7 +447,8 @@ class Trainer:
         epochs = config.max_iters * tokens / len(self.dataset.train)
         log(
             f"device     {self.device} ({why}), {config.dtype}"
-            f"{', compiled' if self.model is not model else ''}\n"
+            f"{', compiled' if self.model is not model else ''}"
+            f"{f', {world_size()} processes ({config.parallel})' if world_size() > 1 else ''}\n"
             f"model      {model.num_params():,} parameters: {config.n_layer} layers, "
             f"{config.n_head} heads, {config.n_embd} channels, context {config.block_size}\n"
             f"data       {config.data_dir}: {len(self.dataset.train):,} training and "
@@ -387,6 +475,55 @@ def compile_model(trainer):
     finally:
         trainer.raw_model.zero_grad(set_to_none=True)
     return model
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def shard(model, device, dtype):
+    """Spread the model's weights, and with them gradients and optimizer, over all processes; each
+    block is put together only while it computes (fsdp: Zhao et al. 2023).
+
+    With bfloat16 the weights stay float32 and are cast when they are put together.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (world_size(),))
+    half = torch.bfloat16 if dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32)
+    for part in (*model.transformer.h, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def recompute_activations(model):
+    """Keep only what enters each block, and compute the block again when going backward: a third
+    more work for much less memory (Chen et al. 2016).
+    """
+    for block in model.transformer.h:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
+
+
+def check_alike(config, dataset):
+    """ValueError where the processes were started with unlike settings or see unlike data."""
+    mine = settings.to_dict(replace(config, device=None)) | {"data set": dataset.hash}
+    for other, theirs in enumerate(gather_from_processes([mine])):
+        unlike = [name for name in mine if theirs[name] != mine[name]]
+        if unlike:
+            raise ValueError(f"process {other} has another {unlike[0]} than process {rank()}")
+
+
+@contextlib.contextmanager
+def share_lock(folder):
+    """The checkpoint folder's lock, held by the first process for all, and the folder cleaned."""
+
+    def take():
+        held.enter_context(lock(folder))
+        checkpoint.clean(folder)
+
+    with contextlib.ExitStack() as held:
+        from_first(take)
+        yield
 
 
 # ---------------------------------------------------------------- finding the checkpoint
@@ -432,10 +569,14 @@ def set_aside(folder):
 
 
 class StopSignals:
-    """Remembers SIGINT or SIGTERM for the end of the step; a second one leaves at once."""
+    """Remembers SIGINT or SIGTERM for the end of the step; a second one leaves at once.
 
-    def __init__(self):
-        self.signum, self.before = None, {}
+    After Ctrl-C torchrun passes on what its processes have had from the terminal: within two
+    seconds that is no second one.
+    """
+
+    def __init__(self, group=None):
+        self.group, self.signum, self.before = group, None, {}
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
@@ -448,10 +589,20 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def handle(self, signum, frame):
-        if self.signum is not None:
+        if self.signum is None:
+            self.signum, self.when = signum, time.monotonic()
+            if rank() == 0:
+                os.write(2, b"\nfinishing this step and saving; once more leaves at once\n")
+        elif world_size() == 1 or time.monotonic() - self.when > 2:
             os._exit(128 + signum)
-        self.signum = signum
-        os.write(2, b"\nfinishing this step and saving; once more leaves at once\n")
+
+    def asked(self) -> int | None:
+        """The signal that any of the processes has had."""
+        if world_size() == 1:
+            return self.signum
+        signum = torch.tensor(self.signum or 0)
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group=self.group)
+        return signum.item() or None
 
 
 # ---------------------------------------------------------------- the command line
@@ -460,6 +611,11 @@ class StopSignals:
 def main(argv=None) -> int:
     options, config, chosen = parse(argv)
     if options.data is not None:
+        if world_size() > 1:
+            raise ValueError(
+                f"--data {options.data}: not under torchrun; first `python prepare_data.py --input "
+                f"{options.data}`, then torchrun with --data_dir"
+            )
         kind = options.tokenizer or "gpt2"
         if "data_dir" not in chosen:
             config.data_dir = f"./data/{Path(options.data).stem}-{kind}"
@@ -470,7 +626,7 @@ def main(argv=None) -> int:
         train(config, options.resume, options.fresh)
     except torch.OutOfMemoryError as error:
         raise ValueError(OUT_OF_MEMORY.format(config)) from error
-    if options.prompt is not None:
+    if options.prompt is not None and rank() == 0:
         best = Path(config.checkpoint_dir) / checkpoint.BEST
         model, tokenizer = load_model(str(best), config.device)
         print(sample_text(model, tokenizer, options.prompt, options.max_new_tokens))
@@ -530,7 +686,7 @@ def with_preset(config, chosen) -> GPT2Config:
     dataset = TokenDataset(config.data_dir)
     kind = pick_device(config.device)[0].type
     sizes = len(dataset.train), len(dataset.val), dataset.vocab_size
-    name, values = settings.auto_preset(kind, *sizes)
+    name, values = settings.auto_preset(kind, *sizes, world_size())
     if set(values) - chosen:
         log(f"preset     {name}: fits {kind} and {sizes[0]:,} tokens; --preset and flags override")
     return settings.apply_preset(config, values, chosen)

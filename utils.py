@@ -79,8 +79,12 @@ def run(main, argv=None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         prefix = "" if code > 128 else "error: "  # being interrupted is no error
+        if world_size() > 1 and code in (1, 4):
+            prefix = f"process {rank()}: {prefix}"  # others may fare otherwise
+        elif os.environ.get("LOCAL_RANK", "0") != "0":
+            return code  # one a machine says it
         for line in _one_line_each(error):
-            print(f"{prefix}{line}", file=sys.stderr, flush=True)
+            print(f"{prefix}{line}\n", end="", file=sys.stderr, flush=True)  # in one piece
         return code
 
 
@@ -109,18 +113,29 @@ class RunLog:
     """A run's folder: metrics.jsonl, config.json and TensorBoard's events; and the terminal's line.
 
     A run that goes on from an earlier step drops what was logged after it, for those steps will be
-    made again.
+    made again. All processes know the records, the first one writes.
     """
 
     def __init__(self, log_dir, name, config: dict, step: int):
-        self.name = name or _new_name(Path(log_dir))
+        self.name = from_first(lambda: name or _new_name(Path(log_dir)))
         self.folder = Path(log_dir) / self.name
         self.config, self.path = config, self.folder / "metrics.jsonl"
-        self.records = [record for record in _read_records(self.path) if record["step"] <= step]
+        records = from_first(lambda: _read_records(self.path))
+        self.records = [record for record in records if record["step"] <= step]
         self.bar = self.writer = None
 
     def start(self, step: int, total: int, tokens_per_step: int):
         """The first step is about to be made: open the folder's files."""
+        self.first_step, self.total, self.tokens_per_step = step, total, tokens_per_step
+        self.seconds_before = self.records[-1]["seconds"] if self.records else 0.0
+        if rank() == 0:
+            self._open(step)
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+        self.started = self.since = time.perf_counter()
+        self.since_step = step
+
+    def _open(self, step):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,12 +146,6 @@ class RunLog:
         self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
         self.writer.add_text("config", f"```\n{json.dumps(self.config, indent=2)}\n```", step)
         self.file = open(self.path, "a", encoding="utf-8")
-        self.first_step, self.total, self.tokens_per_step = step, total, tokens_per_step
-        self.seconds_before = self.records[-1]["seconds"] if self.records else 0.0
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
-        self.started = self.since = time.perf_counter()
-        self.since_step = step
 
     def tokens_per_second(self, step: int) -> float:
         """Over the steps since the last line, what was done between them (evaluating) left out."""
@@ -149,9 +158,10 @@ class RunLog:
         elapsed = time.perf_counter() - self.started
         record["seconds"] = self.seconds_before + elapsed
         self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        self._write_events(record, sample)
+        if self.writer is not None:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+            self._write_events(record, sample)
         left = elapsed / (record["step"] - self.first_step) * (self.total - record["step"])
         self._show(record, left)
         self.since = time.perf_counter()
@@ -272,24 +282,83 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+class PeerError(Exception):
+    """Another process died or stopped answering."""
+
+    exit_code = 1
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device, timeout: float = 600):
-    """Join the other processes that torchrun started, if any; whoever waits for one of them longer
-    than timeout seconds raises.
+    """Join the other processes that torchrun started, if any; PeerError naming those that do not
+    answer, when one has waited timeout seconds for them or has lost the connection.
 
-    Tensors on a GPU travel through NCCL, those in host memory through gloo.
+    Tensors on a GPU travel through NCCL, those in host memory through gloo. Yields a gloo group for
+    agreeing on the host: it gives up earlier than NCCL, which ends the process without a word.
     """
     if world_size() == 1 or torch.distributed.is_initialized():
-        yield
+        yield None
         return
-    cuda = device.type == "cuda"
-    torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        timeout=datetime.timedelta(seconds=timeout),
-        device_id=device if cuda else None,
-    )
-    yield
-    torch.distributed.destroy_process_group()  # after an error it might wait for the dead
+    dist, cuda = torch.distributed, device.type == "cuda"
+    patience = datetime.timedelta(seconds=timeout)
+    store = None
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        store = _store_of_this_start(store, timeout)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=rank(),
+            world_size=world_size(),
+            timeout=2 * patience if cuda else patience,
+            device_id=device if cuda else None,
+        )
+        yield dist.new_group(backend="gloo", timeout=patience)
+    except RuntimeError as error:  # gloo has no class of its own
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise PeerError(_who_is_lost(store, error)) from error
+    dist.destroy_process_group()  # not after an error: it might wait for the dead
+
+
+def _store_of_this_start(store, timeout):
+    """A part of torchrun's store that only these processes use.
+
+    When torchrun starts all anew, the store still has the addresses of the dead, and whoever comes
+    early would call them. So each process counts its starts, the first one puts the counts
+    together, and when all have agreed to them they name the part.
+    """
+    starts, agreed = store.add(f"starts {rank()}", 1), None
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        if rank() == 0:
+            counts = [str(store.add(f"starts {other}", 0)) for other in range(world_size())]
+            store.set("counts", ",".join(counts))
+        counts = store.get("counts").decode()
+        if counts != agreed and counts.split(",")[rank()] == str(starts):
+            store.add(f"agreed {counts}", 1)
+            agreed = counts
+        if agreed and store.add(f"agreed {agreed}", 0) == world_size():
+            return torch.distributed.PrefixStore(agreed, store)
+        time.sleep(0.01)
+    raise torch.distributed.DistStoreError(f"not all processes came within {timeout:g} seconds")
+
+
+def _who_is_lost(store, error, seconds: float = 3) -> str:
+    """Every process that comes here says so in the store: the others are lost."""
+    reason = re.sub(r"\[/\S+\] ", "", str(error).strip().splitlines()[0])  # less file names
+    reason = reason.split(". ")[0]
+    try:
+        store.set(f"waiting {rank()}", "")
+        until = time.monotonic() + seconds
+        lost = range(world_size())
+        while lost and time.monotonic() < until:
+            lost = [other for other in lost if not store.check([f"waiting {other}"])]
+            time.sleep(0.05)
+    except RuntimeError:
+        return f"the connection to the first process is lost ({reason})"
+    names = " and ".join(f"process {other}" for other in lost) or "a process"
+    return f"{names} of {world_size()} died or does not answer ({reason})"
 
 
 def sum_over_processes(tensor):
@@ -306,6 +375,46 @@ def gather_from_processes(items: list) -> list:
     lists = [None] * world_size()
     torch.distributed.all_gather_object(lists, items)
     return [item for part in lists for item in part]
+
+
+def from_first(function):
+    """What function returns, or raises, in the first process; the others do not call it."""
+    if world_size() == 1:
+        return function()
+    answer = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = function()
+        except Exception as error:  # whatever it is, it is everybody's
+            answer[1] = error
+    torch.distributed.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def share_from_first(function):
+    """from_first for plain data with tensors in it: these travel one by one, outside of pickle."""
+    if world_size() == 1:
+        return function()
+    found = []
+
+    def outline():
+        found.append(function())
+        return _map_tensors(found[0], lambda tensor: tensor.to("meta"))
+
+    outline = from_first(outline)
+    if rank() > 0:
+        found.append(_map_tensors(outline, lambda tensor: torch.empty_like(tensor, device="cpu")))
+    _map_tensors(found[0], torch.distributed.broadcast, 0)
+    return found[0]
+
+
+def _map_tensors(value, function, *arguments):
+    """A nest of dicts with function applied to each tensor in it."""
+    if isinstance(value, dict):
+        return {key: _map_tensors(part, function, *arguments) for key, part in value.items()}
+    return function(value, *arguments) if isinstance(value, torch.Tensor) else value
 
 
 def seed_everything(seed: int):
@@ -342,10 +451,13 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str | None = None) -> tuple[torch.device, str]:
-    """The device to use and why; ValueError where the one asked for is not there."""
+    """The device to use and why; ValueError where the one asked for is not there.
+
+    On CUDA each process of a machine has a device of its own.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if name is None:
         if torch.cuda.is_available():
-            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
             return torch.device("cuda", local_rank), torch.cuda.get_device_name(local_rank)
         if torch.backends.mps.is_available():
             return torch.device("mps"), "Apple GPU"
@@ -354,6 +466,8 @@ def pick_device(name: str | None = None) -> tuple[torch.device, str]:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, mps or cpu") from None
+    if name == "cuda":
+        device = torch.device("cuda", local_rank)
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device.type not in ("cuda", "mps", "cpu") or not there.get(device.type, lambda: True)():
         raise ValueError(f"--device {name}: this machine or this torch has none; try --device cpu")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -28,6 +29,29 @@ def in_child(function, *arguments):
 
     A child on one thread, because OpenMP's threads do not survive a fork.
     """
+    return os.waitstatus_to_exitcode(os.waitpid(fork(function, *arguments), 0)[1])
+
+
+def in_processes(count, function, *arguments):
+    """Call function in `count` forked children that find each other as under torchrun, and give
+    their exit codes in the order of their ranks.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def member(rank):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        return function(*arguments)
+
+    pids = [fork(member, rank) for rank in range(count)]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def fork(function, *arguments):
+    """The process id of a child that calls function and exits with what it returns."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -42,7 +66,7 @@ def in_child(function, *arguments):
         finally:
             sys.stderr.flush()
             os._exit(code if isinstance(code, int) else 0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
 
 
 @pytest.fixture(scope="session")

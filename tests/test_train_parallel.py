@@ -1,0 +1,321 @@
+"""Several processes: the numbers of one, whatever shares the work, and no silence when one is lost.
+
+The processes are forked children on one thread each that exchange through gloo, as torchrun's
+would; where torchrun itself is the point, it is started.
+"""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.fsdp  # this one and the next: once here, not in every child
+import torch.utils.tensorboard
+from conftest import ROOT, in_child, in_processes
+from test_train import assert_same_run, elsewhere, flags, killed_at, logged, main, saved
+
+import train as training
+from train import Trainer
+from utils import run
+
+
+@pytest.fixture
+def config(tiny_config):
+    """40 steps of 4 micro-batches in float64, where only the order of sums can differ."""
+    return replace(
+        tiny_config, max_iters=40, gradient_accumulation_steps=4, dtype="float64", preset="none"
+    )
+
+
+def largest_difference(one, other):
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def assert_equal_up_to_rounding(one, other):
+    a, b = saved(one), saved(other)
+    assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
+    assert largest_difference(a["model"], b["model"]) <= 1e-12
+    for name, memory in a["optimizer"].items():
+        assert largest_difference(memory, b["optimizer"][name]) <= 1e-12
+    assert len(logged(one)) == len(logged(other)) == 40
+    for x, y in zip(logged(one), logged(other), strict=True):
+        assert x.keys() == y.keys()
+        assert all(math.isclose(x[key], y[key], rel_tol=1e-12) for key in x)
+
+
+# ---------------------------------------------------------------- the same numbers
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_give_the_losses_and_weights_of_one(config, optimizer):
+    config = replace(config, optimizer=optimizer)
+    assert in_child(main, config) == 0
+    for parallel in ("ddp", "fsdp"):
+        two = replace(elsewhere(config, f"{config.log_dir}/{parallel}"), parallel=parallel)
+        assert in_processes(2, main, two) == [0, 0]
+        assert_equal_up_to_rounding(config, two)
+
+
+def test_a_run_goes_on_under_another_number_of_processes_after_kills(config):
+    """1 -> 2 by fsdp -> 4 by ddp -> 1 process, each ended by SIGKILL in the middle of a step."""
+    together = elsewhere(config, f"{config.log_dir}/together")
+    assert in_child(main, together) == 0
+    kill = -signal.SIGKILL
+    assert in_child(killed_at, config, 13) == kill
+    assert in_processes(2, killed_at, replace(config, parallel="fsdp"), 23) == [kill, kill]
+    one_micro_batch_each = replace(config, eval_interval=5)
+    assert in_processes(4, killed_early, one_micro_batch_each, 31) == [kill] * 4
+    assert in_child(main, config) == 0
+    final, expected = saved(config), saved(together)
+    assert largest_difference(final["model"], expected["model"]) <= 1e-12
+    losses = [[record["loss"] for record in logged(c)] for c in (config, together)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def killed_early(config, step):
+    update = Trainer.update
+
+    def dying(self):
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(self)
+
+    Trainer.update = dying
+    return main(config)
+
+
+def test_resume_is_bit_exact_with_three_processes(config):
+    """Also with dropout, and with sums of three whose order the buckets of DDP decide."""
+    config = replace(config, dropout=0.1, dtype="float32", gradient_accumulation_steps=3)
+    undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
+    assert in_processes(3, main, undisturbed) == [0, 0, 0]
+    assert in_processes(3, killed_early, config, 17) == [-signal.SIGKILL] * 3
+    assert in_processes(3, main, config) == [0, 0, 0]
+    assert_same_run(config, undisturbed)
+
+
+def test_recomputed_activations_change_no_number(config):
+    config = replace(config, dropout=0.1)
+    assert in_child(main, config) == 0
+    thrifty = elsewhere(config, f"{config.log_dir}/thrifty")
+    assert in_child(main, replace(thrifty, activation_checkpointing=True)) == 0
+    assert_same_run(config, thrifty)
+    fsdp = replace(elsewhere(config, f"{config.log_dir}/fsdp"), parallel="fsdp")
+    assert in_processes(2, main, replace(fsdp, activation_checkpointing=True)) == [0, 0]
+    assert_equal_up_to_rounding(config, fsdp)
+
+
+def test_fsdp_in_bfloat16_keeps_float32_weights_and_moments(config):
+    config = replace(config, dtype="bfloat16", parallel="fsdp")
+    assert in_processes(2, main, config) == [0, 0]
+    state = saved(config)
+    tensors = [*state["model"].values(), *state["optimizer"]["transformer.wte.weight"].values()]
+    assert {t.dtype for t in tensors} == {torch.float32}
+    alone = replace(elsewhere(config, f"{config.log_dir}/alone"), dtype="float32")
+    assert in_child(main, alone) == 0
+    assert logged(config)[-1]["loss"] == pytest.approx(logged(alone)[-1]["loss"], rel=0.01)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def cli(config, *more):
+    return run(training.main, [*flags(config), *more])
+
+
+@pytest.mark.parametrize(
+    "change, more, words",
+    [
+        ({"gradient_accumulation_steps": 3}, [], ["--gradient_accumulation_steps 3", "2 of them"]),
+        ({"parallel": "fsdp", "dtype": "float16"}, [], ["--dtype float16", "--parallel fsdp"]),
+        ({}, ["--data", "novel.txt"], ["--data novel.txt", "prepare_data.py"]),
+    ],
+)
+def test_what_cannot_be_shared_is_exit_2_in_one_line(config, capfd, change, more, words):
+    assert in_processes(2, cli, replace(config, **change), *more) == [2, 2]
+    err = capfd.readouterr().err
+    assert err.count("error:") == 1 and all(word in err for word in words)
+
+
+def test_processes_started_unlike_are_refused(config, capfd):
+    def unlike():
+        mine = replace(config, learning_rate=[1e-3, 1e-2][int(os.environ["RANK"])])
+        return main(mine)
+
+    assert in_processes(2, unlike) == [2, 2]
+    assert "process 1 has another learning_rate than process 0" in capfd.readouterr().err
+    assert not Path(config.checkpoint_dir).exists()
+
+
+def test_auto_shares_its_batch_among_the_processes(config, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = training.with_preset(replace(config, preset="auto"), {"device", "data_dir"})
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    alone = training.with_preset(replace(config, preset="auto"), {"device", "data_dir"})
+    assert shared.gradient_accumulation_steps == 2 and alone.gradient_accumulation_steps == 1
+    assert shared.batch_size * 2 == alone.batch_size
+
+
+# ---------------------------------------------------------------- when one is lost
+
+
+def test_a_signal_to_one_process_stops_and_saves_all(config):
+    def signalled():
+        if os.environ["RANK"] == "1":
+            update = Trainer.update
+
+            def loud(self):
+                if self.step == 13:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return update(self)
+
+            Trainer.update = loud
+        return main(config)
+
+    assert in_processes(2, signalled) == [143, 143]
+    assert saved(config, "checkpoint.pt")["step"] == 14
+
+
+def test_a_number_that_is_not_finite_in_one_process_stops_all_before_the_step(config, capfd):
+    def poisoned():
+        if os.environ["RANK"] == "1":
+            batch = Trainer.forward_backward
+
+            def poison(self, micro_step):
+                loss = batch(self, micro_step)
+                return loss * math.nan if self.step == 6 else loss
+
+            Trainer.forward_backward = poison
+        return main(replace(config, eval_interval=3))
+
+    assert in_processes(2, poisoned) == [5, 5]
+    assert saved(config, "checkpoint.pt")["step"] == 6
+    err = capfd.readouterr().err
+    assert err.count("error:") == 1 and "near step 7" in err
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_process_that_hangs_is_named_within_the_stated_time(config, capfd, lost):
+    def hanging():
+        if os.environ["RANK"] == str(lost):
+            update = Trainer.update
+
+            def stuck(self):
+                if self.step == 5:
+                    time.sleep(60)
+                return update(self)
+
+            signal.alarm(6)  # the test need not wait for it
+            Trainer.update = stuck
+        return main(replace(config, gradient_accumulation_steps=3, peer_timeout=2))
+
+    started = time.monotonic()
+    codes = in_processes(3, hanging)
+    assert time.monotonic() - started < 20
+    assert codes == [-signal.SIGALRM if rank == lost else 1 for rank in range(3)]
+    err = capfd.readouterr().err
+    assert err.count("error:") == 2 and err.count(f"process {lost} of 3 died or does not") == 2
+
+
+def torchrun(config, *more):
+    command = [sys.executable, "-m", "torch.distributed.run", *more, str(ROOT / "train.py")]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *flags(config)], start_new_session=True, **quiet)
+
+
+def worker_of(launcher, rank):
+    """The process id of torchrun's child of that rank."""
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            parent = int(re.search(r"\nPPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+        except (OSError, TypeError):
+            continue
+        if parent == launcher.pid and f"RANK={rank}".encode() in environment:
+            return pid
+    raise AssertionError(f"torchrun has no process {rank}")
+
+
+def wait_for_step(config, step, launcher):
+    until = time.monotonic() + 90
+    while time.monotonic() < until and launcher.poll() is None:
+        lines = [path.read_text() for path in Path(config.log_dir).glob("*/metrics.jsonl")]
+        if lines and lines[0].count("\n") >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {launcher.communicate()[1][-2000:]}")
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds workers in /proc")
+
+
+@linux
+def test_torchrun_restarts_after_a_killed_worker_and_loses_nothing(config):
+    config = replace(config, dropout=0.1, dtype="float32", max_iters=150)
+    undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
+    assert in_processes(2, main, undisturbed) == [0, 0]
+    launcher = torchrun(config, "--nproc_per_node", "2", "--max-restarts", "3")
+    wait_for_step(config, 25, launcher)
+    os.kill(worker_of(launcher, 1), signal.SIGKILL)
+    err = launcher.communicate(timeout=100)[1]
+    assert launcher.returncode == 0, err[-2000:]
+    assert "resuming" in err
+    assert_same_run(config, undisturbed)
+
+
+@linux
+@pytest.mark.slow
+def test_two_nodes_give_the_numbers_of_one_and_survive_the_loss_of_one(config):
+    alone = elsewhere(config, f"{config.log_dir}/alone")
+    assert in_child(main, alone) == 0
+    assert [node.wait(100) for node in two_nodes(config)] == [0, 0]
+    assert_equal_up_to_rounding(config, alone)
+
+    long = replace(elsewhere(config, f"{config.log_dir}/long"), max_iters=4000, peer_timeout=10)
+    first, second = two_nodes(long)
+    wait_for_step(long, 25, first)
+    lost, started = worker_of(second, 1), time.monotonic()
+    os.killpg(second.pid, signal.SIGKILL)
+    os.kill(lost, signal.SIGKILL)
+    err = first.communicate(timeout=60)[1]
+    assert first.returncode == 1 and time.monotonic() - started < 10 + 30
+    # one of the two agents keeps their store: where that is the lost one, torchrun itself says so
+    assert re.search("process 1 of 2 died|connection to the C10d store has failed", err), err[
+        -2000:
+    ]
+    step = saved(long, "checkpoint.pt")["step"]
+    assert step >= 20
+    again = torchrun(replace(long, max_iters=step + 20), "--nproc_per_node", "2")
+    err = again.communicate(timeout=100)[1]
+    assert again.returncode == 0 and f"step {step}" in err
+    assert saved(long)["step"] == step + 20
+
+
+def two_nodes(config):
+    """Two agents of torchrun, the first of which has the first process."""
+    port = 29400 + os.getpid() % 500
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+    nodes = [torchrun(config, "--nnodes", "2", "--nproc_per_node", "1", *meet) for _ in range(2)]
+    if wait_for_worker(nodes) == 1:
+        nodes.reverse()
+    return nodes
+
+
+def wait_for_worker(nodes):
+    """Which of the two agents started the process of rank 0."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for number, node in enumerate(nodes):
+            try:
+                worker_of(node, 0)
+                return number
+            except AssertionError:
+                time.sleep(0.05)
+    raise AssertionError("no process of rank 0")
