@@ -30,6 +30,7 @@ class GPT2Config:
     dropout: float = 0.0  # share of activations dropped while training
     bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
     position: str = "learned"  # position encoding: learned
+    gelu: str = "tanh"  # form of GELU: tanh (GPT-2) or exact (nanoGPT)
     # data
     data_dir: str = "./data/shakespeare"  # the data set's own folder
     # batch
@@ -77,6 +78,7 @@ GPT2_CONFIGS = {
         "dropout": 0.0,
         "bias": True,
         "position": "learned",
+        "gelu": "tanh",
         "data_dir": "./data/shakespeare",
         "batch_size": 12,
         "gradient_accumulation_steps": 40,
@@ -140,6 +142,7 @@ GPT2_CONFIGS = {
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHOICES = {
     "position": ("learned",),
+    "gelu": ("tanh", "exact"),
     "optimizer": ("adamw", "muon"),
     "lr_schedule": ("cosine", "linear"),
     "dtype": DTYPES,
@@ -153,7 +156,7 @@ LARGEST = {  # far beyond any GPT-2; what is above is a slip or a hostile file
     "n_embd": 2**16,
 }
 FIELD_TYPES = typing.get_type_hints(GPT2Config)
-MODEL_FIELDS = ("block_size", "n_layer", "n_head", "n_embd", "bias", "position")
+MODEL_FIELDS = ("block_size", "n_layer", "n_head", "n_embd", "bias", "position", "gelu")
 
 
 # ---------------------------------------------------------------- checking and deriving
@@ -247,7 +250,11 @@ def derived(config: GPT2Config) -> GPT2Config:
 
 
 def differences(old: dict, config: GPT2Config, names=MODEL_FIELDS) -> list[str]:
-    """A line for each named field in which a checkpoint's config differs from this one."""
+    """A line for each named field in which a checkpoint's config differs from this one.
+
+    A field that the checkpoint's version did not have yet counts as what ships.
+    """
+    old = GPT2_CONFIGS["gpt2"] | old
     return [
         f"{name}: checkpoint {old.get(name)}, config {getattr(config, name)}"
         for name in names

@@ -58,16 +58,17 @@ def attention(q, k, v, mask, dropout, causal):
 
 
 class MLP(nn.Module):
-    """Two linear layers, 4x wide in between, with GPT-2's tanh form of GELU."""
+    """Two linear layers, 4x wide in between, with GPT-2's tanh form of GELU or the exact one."""
 
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.gelu = "tanh" if config.gelu == "tanh" else "none"  # torch's names
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        x = F.gelu(self.c_fc(x), approximate=self.gelu)  # (B, T, 4C)
         return self.dropout(self.c_proj(x))  # (B, T, C)
 
 
