@@ -67,7 +67,7 @@ def save(path, state: dict, previous=None):
         if previous is not None and path.exists():
             _keep(path, previous)
         os.replace(aside, path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch wraps some write errors in a RuntimeError
         raise OSError(_why_not_written(path, state, error)) from error
     finally:
@@ -110,7 +110,7 @@ def _plain(value, seen):
     return value
 
 
-def _fsync_folder(folder):
+def fsync_folder(folder):
     """Make a rename survive a power cut, where the operating system can (Windows cannot)."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -137,6 +137,14 @@ def load(path) -> dict:
 
     Raises CheckpointError for what is damaged (CRC-32 of each record), hostile or of another kind.
     """
+    return read(path, _check_state)
+
+
+def read(path, check) -> dict:
+    """What torch.save wrote to path, if it is plain data and `check` finds nothing wrong with it.
+
+    Raises CheckpointError, also for whatever `check` raises.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; `python train.py` makes checkpoints")
@@ -145,7 +153,7 @@ def load(path) -> dict:
             _check_archive(file, path.stat().st_size)
             file.seek(0)
             state = torch.load(file, map_location="cpu", weights_only=True)
-        _check_state(state)
+        check(state)
     except Exception as error:  # whatever a hostile file makes zipfile or torch raise
         raise CheckpointError(f"{path}: not usable, {_reason(error)}") from error
     return state
@@ -233,7 +241,7 @@ def _check_state(state):
     if state["run"] is not None and not re.fullmatch(r"[\w][\w.\-]{0,127}", state["run"]):
         raise ValueError(f"run {state['run'][:80]!r} is not the name of a folder")
     for name, tensor in _tensors(state):
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
     config = model_config(state)
     _check_size(state["model"], config)
     for name, memory in state["optimizer"].items():
@@ -256,7 +264,8 @@ def _tensors(value, name=""):
         raise ValueError(f"{name} is a {type(value).__name__}")
 
 
-def _check_tensor(name, tensor):
+def check_tensor(name: str, tensor):
+    """ValueError for a tensor that is not plain numbers in host memory, or not finite."""
     if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"{name} is not a plain tensor")
     if tensor.device.type != "cpu" or tensor.dtype not in DTYPES or not tensor.is_contiguous():
@@ -283,8 +292,11 @@ def model_config(state: dict) -> GPT2Config:
     return config
 
 
-def load_weights(model, state: dict):
-    """Copy a checkpoint's weights into model after comparing every name, shape and type."""
+def load_weights(model, state: dict, assign=False):
+    """Copy a checkpoint's weights into model after comparing every name, shape and type.
+
+    assign: make them the model's own instead, types included; it may have been built on "meta".
+    """
     expected, found = model.state_dict(), state["model"]
     lines = [f"{name} is missing" for name in expected if name not in found]
     lines += [f"{name} is not part of the model" for name in found if name not in expected]
@@ -295,7 +307,7 @@ def load_weights(model, state: dict):
             lines.append(f"{name} is {found[name].dtype}")
     if lines:
         raise CheckpointError(f"the checkpoint does not fit the model: {lines[0]}")
-    model.load_state_dict(found)
+    model.load_state_dict(found, assign=assign)
 
 
 # ---------------------------------------------------------------- the folder

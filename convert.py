@@ -1,51 +1,141 @@
-"""Weights in and out: the one way from a checkpoint to a model that is ready for use.
+"""Weights in and out: our checkpoints, Hugging Face's folders and repositories, nanoGPT's files.
+
+    python convert.py from_hf gpt2 gpt2.pt                          # or a folder, or any org/name
+    python convert.py to_hf checkpoints/best_checkpoint.pt my-model
+    python convert.py from_nanogpt out/ckpt.pt adopted.pt
+
+From Python, all of them by name:
 
     from convert import load_model
-    model, tokenizer = load_model()
+    model, tokenizer = load_model("gpt2")
 
 Without a name it is checkpoints/best_checkpoint.pt, else checkpoints/checkpoint.pt.
 """
 
+import errno
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import torch
 
 import checkpoint
 from checkpoint import CheckpointError
-from config import DTYPES, GPT2Config, dtype_name
+from config import DTYPES, GPT2_CONFIGS, GPT2Config, dtype_name, problems, to_dict
 from model import GPT2
-from tokenizer import load_tokenizer
-from utils import log, pick_device, pick_dtype
+from tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
+from utils import ArgumentParser, log, pick_device, pick_dtype, run
+
+# A tensor has the same name here and in Hugging Face's files (h.*: once a block); True where theirs
+# is the transpose of ours, because their Conv1D multiplies from the other side.
+TENSORS = {
+    "transformer.wte.weight": False,
+    "transformer.wpe.weight": False,
+    "transformer.h.*.ln_1.weight": False,
+    "transformer.h.*.ln_1.bias": False,
+    "transformer.h.*.attn.c_attn.weight": True,
+    "transformer.h.*.attn.c_attn.bias": False,
+    "transformer.h.*.attn.c_proj.weight": True,
+    "transformer.h.*.attn.c_proj.bias": False,
+    "transformer.h.*.ln_2.weight": False,
+    "transformer.h.*.ln_2.bias": False,
+    "transformer.h.*.mlp.c_fc.weight": True,
+    "transformer.h.*.mlp.c_fc.bias": False,
+    "transformer.h.*.mlp.c_proj.weight": True,
+    "transformer.h.*.mlp.c_proj.bias": False,
+    "transformer.ln_f.weight": False,
+    "transformer.ln_f.bias": False,
+}
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"  # tied
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older files hold: no weights
+SIZES = {  # ours: theirs
+    "vocab_size": "vocab_size",
+    "block_size": "n_positions",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}  # theirs: ours
+ALIKE = {  # what else config.json must say, or leave out. (reorder_and_upcast_attn only rounds.)
+    "model_type": "gpt2",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS if "gpt2" in name} | {
+    "distilgpt2": "distilbert/distilgpt2"
+}
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
+OTHER_TOKENIZERS = ["vocab.txt", "spiece.model", "tokenizer.model"]  # of other kinds than BPE
+HUB_FILES = [
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    *TOKENIZER_FILES,
+    *OTHER_TOKENIZERS,
+]
+NANOGPT_PADDED = 50304  # its vocabulary for GPT-2's tokens: 47 rows that no text uses
+GPT2_TOKENS = "0ffec638c558c04f8109a85e6f929045ccc4dfd3c19dacd20700b60cef5b5575"  # their sha256
+
+# Plain English, so that a model of English which was read rightly does far better than guessing.
+SANE_TEXT = (
+    "The river was high after a week of rain, and the old bridge at the end of the village had "
+    "been closed to carts. People crossed it on foot, one after the other, holding on to the rail. "
+    "On the far side a boy sold apples from a basket, and when the sun came out in the afternoon "
+    "he had none left and went home across the fields with his hands in his pockets."
+)
 
 
-def load_model(spec=None, device=None, dtype=None):
-    """The model of a checkpoint, in eval mode, and its tokenizer; says on stderr which.
+# ---------------------------------------------------------------- a model by its name
 
-    spec: the checkpoint's path; without one, the best of ./checkpoints, else the latest.
-    device and dtype (names or torch's own): what fits this machine where not given.
-    Raises CheckpointError where there is no usable checkpoint, ValueError for device and dtype.
+
+def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
+    """A model in eval mode, and its tokenizer; says on stderr which.
+
+    spec: a checkpoint's path, a Hugging Face folder, or a name on the hub (gpt2-xl, org/name);
+    without one, the best of ./checkpoints, else the latest. device and dtype (names or torch's
+    own): what fits this machine where not given. need_tokenizer: False allows a model without a
+    tokenizer, and None comes in its place. Raises CheckpointError where there is no usable
+    checkpoint, ValueError for the rest.
     """
     device, _ = pick_device(None if device is None else str(device))
     dtype = _checked_dtype(dtype, device)
-    path = find_default() if spec is None else Path(spec)
-    state = _load(path)
+    state, name = load_state(spec)
     config = checkpoint.model_config(state)
-    tokenizer = _tokenizer(state, config, path)
-    with device:  # the first random weights are made where the model will be: a GPU is quick at it
-        model = GPT2(config)
-    checkpoint.load_weights(model, state)
-    best = state["best_val_loss"]
-    log(
-        f"model      {path}: step {state['step']:,}, "
-        f"validation loss {'unknown' if best is None else format(best, '.4f')}, "
-        f"{model.num_params():,} parameters, {dtype} on {device}"
-    )
-    return model.to(dtype=getattr(torch, dtype)).eval(), tokenizer
+    tokenizer = _tokenizer(state, config, name)
+    if tokenizer is None and need_tokenizer:
+        raise ValueError(f"{name} has no tokenizer, so that it can neither read nor write text")
+    model = build(state, config).to(device, getattr(torch, dtype)).eval()
+    log(f"model      {name}: {_history(state)}{_facts(model, tokenizer)}, {dtype} on {device}")
+    if not Path(name).is_file():
+        check_loss(model, tokenizer)
+    return model, tokenizer
 
 
-def _load(path):
+def load_state(spec=None) -> tuple[dict, str]:
+    """A checkpoint's dict (see checkpoint.KEYS) and its name, from any spec of load_model.
+
+    What is not from a checkpoint is at step 0, with no optimizer and no data; its weights have the
+    type that they were stored in, its tokenizer is {} where there is none that fits.
+    """
+    path = find_default() if spec is None else Path(spec)
+    if path.is_dir():
+        return read_hf(path, str(path)), str(path)
+    repo = None if path.is_file() else hub_name(str(spec))
+    if repo is not None:
+        return read_hf(download(repo), repo), repo
     try:
-        return checkpoint.load(path)
+        return checkpoint.load(path), str(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --checkpoint PATH names another") from error
 
@@ -61,6 +151,15 @@ def find_default() -> Path:
     )
 
 
+def build(state: dict, config: GPT2Config) -> GPT2:
+    """The model of a state, on whose weights it stands: none are drawn, none are copied."""
+    with torch.device("meta"):
+        model = GPT2(config)
+    checkpoint.load_weights(model, state, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight  # assigning has untied them
+    return model
+
+
 def _checked_dtype(dtype, device):
     """The name of a floating type that the device can compute in."""
     name = pick_dtype(device) if dtype is None else dtype_name(dtype)
@@ -71,15 +170,545 @@ def _checked_dtype(dtype, device):
     return name
 
 
-def _tokenizer(state, config, path):
-    """The checkpoint's tokenizer; one that does not fit its model makes the file unusable."""
+def _tokenizer(state, config, name):
+    """The state's tokenizer, None without one; one that does not fit makes the file unusable."""
+    if state["tokenizer"] == {}:
+        return None
     try:
         tokenizer = load_tokenizer(state["tokenizer"])
     except ValueError as error:
-        raise CheckpointError(f"{path}: its tokenizer cannot be used ({error})") from error
+        raise CheckpointError(f"{name}: its tokenizer cannot be used ({error})") from error
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
-            f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, "
+            f"{name}: its tokenizer has {tokenizer.vocab_size:,} tokens, "
             f"its model {config.vocab_size:,}"
         )
     return tokenizer
+
+
+def _history(state):
+    """What training here has made of a state; nothing for one from elsewhere."""
+    if state["run"] is None and state["step"] == 0:
+        return ""
+    best = state["best_val_loss"]
+    loss = "unknown" if best is None else format(best, ".4f")
+    return f"step {state['step']:,}, validation loss {loss}, "
+
+
+def _facts(model, tokenizer):
+    kind = "no tokenizer" if tokenizer is None else f"{tokenizer.kind} tokenizer"
+    return f"{model.num_params():,} parameters, {kind} ({model.config.vocab_size:,} tokens)"
+
+
+@torch.no_grad()
+def check_loss(model, tokenizer) -> float | None:
+    """Say the loss on a short English text, and warn where it is worse than guessing would be, as
+    that of misread weights is. None where the model cannot read the text.
+    """
+    if tokenizer is None:
+        return None
+    text = SANE_TEXT
+    if tokenizer.kind == "char":
+        text = "".join(filter(set(tokenizer.characters).__contains__, text))
+    ids = tokenizer.encode(text)[: model.config.block_size + 1]
+    if len(ids) < 2:
+        return None
+    idx = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T + 1)
+    loss = model(idx[:, :-1], idx[:, 1:])[1].item()
+    guessing = math.log(model.config.vocab_size)
+    log(f"check      loss {loss:.4f} on a built-in English text, {guessing:.4f} by guessing")
+    if not loss < guessing + 0.5:
+        log("warning: that is worse than guessing; are the weights what they should be?")
+    return loss
+
+
+def new_state(config, tensors, tokenizer) -> dict:
+    """The checkpoint of a model that nothing but its weights is known of."""
+    state = {"format": checkpoint.FORMAT, "step": 0, "best_val_loss": None, "model": tensors}
+    state |= {"optimizer": {}, "scaler": {}, "rng": {}, "config": to_dict(config)}
+    state |= {"tokenizer": {} if tokenizer is None else tokenizer.to_dict()}
+    return state | {"data_hash": None, "run": None}
+
+
+def tensors_of(found: dict, config: GPT2Config, name: str, transposed: bool) -> dict:
+    """The model's tensors from those of a file, in the types found there.
+
+    transposed: laid out as Hugging Face does. Raises ValueError with a line for everything that
+    does not fit: names, shapes, numbers that are not finite, a head that is not the embedding.
+    """
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in GPT2(config).state_dict().items()}
+    del shapes[HEAD]
+    found = {key: t for key, t in found.items() if not key.endswith(BUFFERS)}
+    head = found.pop(HEAD, None)
+    lines = [f"no tensor {key}" for key in shapes if key not in found]
+    lines += [f"{key} is no part of a GPT-2" for key in found if key not in shapes]
+    tensors = {}
+    for key in shapes.keys() & found.keys():
+        tensor = found[key]
+        lines += _tensor_problems(key, tensor)
+        flip = transposed and TENSORS[re.sub(r"\.\d+\.", ".*.", key)]
+        tensors[key] = tensor.t().contiguous() if flip and tensor.ndim == 2 else tensor
+        if tensors[key].shape != shapes[key]:
+            wanted = tuple(shapes[key])[:: -1 if flip else 1]
+            lines.append(f"{key} is {tuple(tensor.shape)}, the config makes it {wanted}")
+    if not lines and head is not None and not torch.equal(head, tensors[EMBEDDING]):
+        lines.append(f"{HEAD} differs from {EMBEDDING}: the head is not tied")
+    if lines:
+        raise ValueError("\n".join(f"{name}: {line}" for line in _few(lines)))
+    return tensors | {HEAD: tensors[EMBEDDING]}
+
+
+def _tensor_problems(key, tensor):
+    try:
+        checkpoint.check_tensor(key, tensor)
+    except ValueError as error:
+        return [str(error)]
+    return [] if tensor.is_floating_point() else [f"{key} is {tensor.dtype}"]
+
+
+def _few(lines, most=12):
+    """Not more lines than fit on a screen."""
+    return lines if len(lines) <= most else [*lines[:most], f"... {len(lines) - most} more"]
+
+
+# ---------------------------------------------------------------- from Hugging Face
+
+
+def read_hf(folder: Path, name: str) -> dict:
+    """A folder as transformers writes it, as a checkpoint's dict; `name` is what messages call it.
+
+    ValueError with a line for everything in it that is not GPT-2 as model.py has it.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{name}: no config.json, so no Hugging Face folder; a checkpoint is a file"
+        )
+    config = config_from_hf(_read_json(folder / "config.json"), name)
+    tensors = tensors_of(_read_safetensors(folder, name), config, name, transposed=True)
+    return new_state(config, tensors, read_hf_tokenizer(folder, config.vocab_size))
+
+
+def config_from_hf(fields: dict, name: str) -> GPT2Config:
+    """Our config from theirs; ValueError with a line for everything that GPT-2 here cannot be."""
+    shipped = GPT2_CONFIGS["gpt2"]  # their defaults for the sizes are these too
+    sizes = {ours: fields.get(theirs, shipped[ours]) for ours, theirs in SIZES.items()}
+    activation, inner = fields.get("activation_function", "gelu_new"), fields.get("n_inner")
+    lines = [
+        f"{key} {fields[key]!r}, only {value!r} can be converted"
+        for key, value in ALIKE.items()
+        if fields.get(key, value) != value
+    ]
+    if str(activation) not in GELU:
+        lines.append(f"activation_function {activation!r}, only {', '.join(GELU)} can be converted")
+    if inner is not None and inner != 4 * sizes["n_embd"]:
+        lines.append(f"n_inner {inner!r}, only 4 x n_embd can be converted")
+    gelu = GELU.get(str(activation), "tanh")
+    config = GPT2Config(**sizes, bias=True, position="learned", gelu=gelu)
+    lines += [line.removeprefix("--") for line in problems(config)]
+    if lines:
+        raise ValueError("\n".join(f"{name}: config.json: {line}" for line in lines))
+    return config
+
+
+def _read_json(path):
+    try:
+        fields = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: must hold one JSON object")
+    return fields
+
+
+def _read_safetensors(folder, name):
+    """Every tensor of a folder's safetensors files, under our names."""
+    safetensors, found = _optional("safetensors"), {}
+    for path in _weight_files(folder, name):
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                for key in file.keys():
+                    ours = key if key.startswith(("transformer.", "lm_head.")) else None
+                    found[ours or f"transformer.{key}"] = file.get_tensor(key)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{name}: {path.name} is damaged or cut short ({error})") from None
+    return found
+
+
+def _weight_files(folder, name):
+    """The safetensors file, or those that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(
+            f"{name}: no model.safetensors; a pickle (pytorch_model.bin) may run code when it is "
+            "opened and is never read. Who trusts it can rewrite it with transformers: "
+            "GPT2LMHeadModel.from_pretrained(NAME).save_pretrained(DIR)"
+        )
+    shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    if any(Path(shard).name != shard for shard in shards):
+        raise ValueError(f"{name}: {index.name} names files outside the folder")
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise ValueError(f"{name}: {', '.join(missing)} of {index.name} is missing")
+    return [folder / shard for shard in shards]
+
+
+def _optional(package):
+    """A package of requirements-hub.txt."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        command = "pip install -r requirements-hub.txt"
+        raise ValueError(f"this needs {package}, which is not installed: {command}") from None
+
+
+def hub_name(spec: str) -> str | None:
+    """The repository that a name stands for; None for what can only be a path here."""
+    owner = spec.partition("/")[0]
+    is_path = spec.endswith(".pt") or Path(owner).is_dir()
+    is_repo = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec) is not None and not is_path
+    return HUB_NAMES.get(spec, spec if is_repo else None)
+
+
+def download(repo: str) -> Path:
+    """The folder of a repository's newest snapshot in the hub's cache, which is filled as needed.
+
+    HF_ENDPOINT (a mirror), HF_HOME (the cache) and HF_HUB_OFFLINE are honoured; what is there is
+    not downloaded again. Raises ValueError that says in a line what to do.
+    """
+    hub = _optional("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(repo, allow_patterns=HUB_FILES))
+    except Exception as error:  # networks fail in many ways
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise ValueError(f"{repo}: {_download_problem(error)}") from error
+
+
+def _download_problem(error):
+    """In one line what went wrong and what to do."""
+    errors = _optional("huggingface_hub.errors")
+    if isinstance(error, errors.GatedRepoError):
+        return "access is by request: ask for it on its page, then `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "not found on the hub, nor is there such a file or folder (private: `hf auth login`)"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        offline = _optional("huggingface_hub").is_offline_mode()
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        return (
+            f"{why}, and the cache does not have all of it; HF_ENDPOINT may name a mirror, "
+            "HF_HOME a cache that has it"
+        )
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"the download failed, the same command tries again: {reason}"
+
+
+# ---------------------------------------------------------------- to Hugging Face
+
+
+def to_hf(spec, folder):
+    """Write a model and its tokenizer as a folder that transformers and its kin load.
+
+    Raises ValueError for a folder that is not empty and for what GPT-2 there cannot be.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not empty; choose another name")
+    state, name = load_state(spec)
+    config = checkpoint.model_config(state)
+    tokenizer = _tokenizer(state, config, name)
+    tensors = tensors_to_hf(state["model"], config)
+    files = {"config.json": config_to_hf(config, tokenizer, tensors[EMBEDDING].dtype)}
+    eot_id = None if tokenizer is None else tokenizer.eot_id
+    files["generation_config.json"] = {"bos_token_id": eot_id, "eos_token_id": eot_id}
+    if tokenizer is not None:
+        files["tokenizer.json"] = tokenizer_to_hf(tokenizer)
+        files["tokenizer_config.json"] = _tokenizer_settings(tokenizer, config)
+    _write_folder(folder, tensors, files)
+    log(f"wrote      {folder}: {', '.join(['model.safetensors', *files])}")
+
+
+def config_to_hf(config: GPT2Config, tokenizer, dtype) -> dict:
+    """config.json; ValueError for a model that transformers' GPT-2 cannot be."""
+    if config.position != "learned":
+        raise ValueError(
+            f"position {config.position!r}: transformers' GPT-2 knows learned positions only"
+        )
+    eot_id = None if tokenizer is None else tokenizer.eot_id
+    fields = ALIKE | {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
+    fields["activation_function"] = "gelu_new" if config.gelu == "tanh" else "gelu"
+    fields |= {"architectures": ["GPT2LMHeadModel"], "dtype": dtype_name(dtype), "n_inner": None}
+    fields |= {f"{part}_pdrop": config.dropout for part in ("attn", "embd", "resid")}
+    return fields | {"bos_token_id": eot_id, "eos_token_id": eot_id}
+
+
+def tensors_to_hf(tensors: dict, config: GPT2Config) -> dict:
+    """Our tensors under transformers' names and in their layout; a missing bias is one of zeros."""
+    found = {}
+    for pattern, flip in TENSORS.items():
+        for layer in range(config.n_layer if "*" in pattern else 1):
+            key = pattern.replace("*", str(layer))
+            if key not in tensors and key.endswith("bias"):
+                width = tensors[key.removesuffix("bias") + "weight"].shape[0]
+                found[key] = torch.zeros(width, dtype=tensors[EMBEDDING].dtype)
+            else:
+                found[key] = tensors[key].t().contiguous() if flip else tensors[key]
+    return found
+
+
+def _write_folder(folder, tensors, files):
+    """All of it aside, fsynced, renamed: a folder that can be seen is whole."""
+    safetensors, save_file = _optional("safetensors"), _optional("safetensors.torch").save_file
+    aside = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
+        aside.mkdir(parents=True)
+        save_file(tensors, aside / "model.safetensors", {"format": "pt"})
+        for name, fields in files.items():
+            text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+            (aside / name).write_text(text, "utf-8", newline="\n")
+        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # it comes out private
+        for path in aside.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rmdir()  # it is empty; Windows would not replace it
+        os.replace(aside, folder)
+        checkpoint.fsync_folder(folder.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        problem = OSError(f"could not write {folder}: {getattr(error, 'strerror', None) or error}")
+        raise problem from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def tokenizer_to_hf(tokenizer) -> dict:
+    """tokenizer.json as the tokenizers library reads it, giving the same ids and the same text."""
+    if tokenizer.kind == "char":
+        ids, special = {c: i for i, c in enumerate(tokenizer.characters)}, {}
+        model = {"type": "WordLevel", "unk_token": "<unk>"}  # not in vocab: strangers are an error
+        split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
+        split["invert"] = False
+        decoder = {"type": "Fuse"}
+    else:
+        special = tokenizer.special
+        ids = tokenizer.id_of | special
+        model = {"type": "BPE", "merges": tokenizer.merges()}
+        split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        split["use_regex"] = True
+        decoder = split
+    model["vocab"] = dict(sorted(ids.items(), key=lambda item: item[1]))
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": text, "special": True} | plain for text, i in special.items()]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": sorted(added, key=lambda token: token["id"]),
+        "normalizer": None,
+        "pre_tokenizer": split,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def _tokenizer_settings(tokenizer, config):
+    """tokenizer_config.json."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.block_size,
+    }
+    if tokenizer.eot_id is not None:
+        settings |= {"bos_token": tokenizer.eot, "eos_token": tokenizer.eot}
+    return settings
+
+
+def read_hf_tokenizer(folder: Path, vocab_size: int):
+    """The folder's tokenizer as one of ours, None where it has none or none that can be one.
+
+    Without any tokenizer files a vocabulary of 50,257 is taken for GPT-2's.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES + OTHER_TOKENIZERS):
+        return GPT2Tokenizer() if vocab_size == 50257 else None
+    try:
+        return tokenizer_from_hf(*_tokenizer_files(folder), vocab_size)
+    except ValueError as error:
+        log(f"tokenizer  left out: {error}")
+        return None
+
+
+def _tokenizer_files(folder):
+    """What the folder's files make of the tokenizers library, as its JSON; and the settings."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    settings, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    settings = _read_json(settings) if settings.is_file() else {}
+    try:
+        if (folder / "tokenizer.json").is_file():
+            made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            paths = [str(folder / name) for name in ("vocab.json", "merges.txt")]
+            made = Tokenizer(models.BPE.from_file(*paths))
+            made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            made.decoder = decoders.ByteLevel()
+            more = _read_json(added) if added.is_file() else {}
+            made.add_special_tokens([END_OF_TEXT, *sorted(more, key=more.get)])
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"no tokenizer.json, or vocab.json and merges.txt ({error})") from None
+    return json.loads(made.to_str()), settings
+
+
+def tokenizer_from_hf(found: dict, settings: dict, vocab_size: int):
+    """Our tokenizer for what a tokenizer.json (as `tokenizers` spells it out) and its settings say.
+
+    Ids of the model that have no token become special tokens that no text is encoded to. Raises
+    ValueError where ours would not do exactly the same: it is made, written out again as
+    tokenizer_to_hf does, and compared part by part.
+    """
+    made = _guess(found, settings, vocab_size)
+    theirs, ours = _parts(found), _parts(tokenizer_to_hf(made))
+    other = [name for name in theirs if theirs[name] != ours[name]]
+    if other:
+        raise ValueError(f"its {', '.join(other)} cannot be had here exactly")
+    if made.vocab_size != vocab_size:
+        raise ValueError(f"it has {made.vocab_size:,} tokens, the model {vocab_size:,}")
+    return made
+
+
+def _guess(found, settings, vocab_size):
+    """The tokenizer of ours that might be the one found."""
+    for flag in ("add_prefix_space", "add_bos_token"):
+        if settings.get(flag):
+            raise ValueError(f"{flag} is set")
+    added, model = found["added_tokens"], found["model"]
+    for token in added:
+        if not token["special"]:
+            raise ValueError(f"it looks for {token['content']!r} in every text")
+    if model["type"] not in ("BPE", "WordLevel"):
+        raise ValueError(f"its model is {model['type']}")
+    special = {token["content"]: token["id"] for token in added}
+    ids = {text: i for text, i in model["vocab"].items() if text not in special}
+    tokens = sorted(ids, key=ids.get)
+    if model["type"] == "WordLevel":
+        return CharTokenizer.from_dict({"characters": tokens})
+    special = {text: i for text, i in special.items() if i < vocab_size}
+    unused = set(range(vocab_size)) - set(ids.values()) - set(special.values())
+    special |= {f"<|unused {i}|>": i for i in sorted(unused)}
+    spelt = " ".join(tokens)
+    is_gpt2 = hashlib.sha256(spelt.encode()).hexdigest() == GPT2_TOKENS
+    if is_gpt2 and special == {END_OF_TEXT: 50256}:
+        return GPT2Tokenizer(tokens)
+    eot = settings.get("eos_token", END_OF_TEXT)
+    eot = eot.get("content") if isinstance(eot, dict) else eot
+    return BPETokenizer.from_dict({"tokens": spelt, "special": special, "eot": eot})
+
+
+def _parts(spec):
+    """What in a tokenizer.json decides which ids a text becomes, and which text ids become."""
+    model, split, after = spec["model"], spec["pre_tokenizer"], spec["post_processor"]
+    special = {token["content"] for token in spec["added_tokens"]}
+    off = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    off += ("byte_fallback", "ignore_merges")
+    return {
+        "model": (model["type"], [name for name in off if model.get(name)]),
+        "vocabulary": {text: i for text, i in model["vocab"].items() if text not in special},
+        "merges": model.get("merges"),
+        "normalizer": spec["normalizer"],
+        "pre_tokenizer": {k: v for k, v in (split or {}).items() if k != "trim_offsets"},
+        "post_processor": None if after and after["type"] == "ByteLevel" else after,
+        "decoder": (spec["decoder"] or {}).get("type"),
+    }
+
+
+# ---------------------------------------------------------------- from nanoGPT
+
+
+def read_nanogpt(path, tokenizer=None, gelu="exact") -> dict:
+    """nanoGPT's ckpt.pt as a checkpoint's dict: its weights, without its optimizer.
+
+    tokenizer: None takes GPT-2's where the vocabulary has its size, padded or not; for all others
+    the checkpoint does not say which it was. gelu: nanoGPT had the tanh form until May 2023.
+    """
+    found = checkpoint.read(path, _check_nanogpt)
+    sizes = {name: found["model_args"].get(name) for name in SIZES}
+    bias = found["model_args"].get("bias", True)  # older ones have no such setting
+    config = GPT2Config(**sizes, bias=bias, position="learned", gelu=gelu)
+    if lines := problems(config):
+        raise ValueError("\n".join(f"{path}: {line.removeprefix('--')}" for line in lines))
+    tensors = {key.removeprefix("_orig_mod."): t for key, t in found["model"].items()}
+    tensors = tensors_of(tensors, config, str(path), transposed=False)
+    if tokenizer is None and config.vocab_size in (50257, NANOGPT_PADDED):
+        tokenizer = GPT2Tokenizer()
+    if tokenizer is not None and config.vocab_size == NANOGPT_PADDED != tokenizer.vocab_size:
+        log(f"trimmed    the vocabulary from {NANOGPT_PADDED:,} to {tokenizer.vocab_size:,} tokens")
+        config.vocab_size = tokenizer.vocab_size
+        tensors[HEAD] = tensors[EMBEDDING] = tensors[EMBEDDING][: config.vocab_size].clone()
+    if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, {path} {config.vocab_size:,}"
+        )
+    return new_state(config, tensors, tokenizer)
+
+
+def _check_nanogpt(found):
+    parts = [found.get(key) if isinstance(found, dict) else None for key in ("model", "model_args")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError("no checkpoint of nanoGPT, which has 'model' and 'model_args'")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def main(argv=None) -> int:
+    options = parse(argv)
+    if options.command == "to_hf":
+        to_hf(options.source, options.target)
+        return 0
+    if Path(options.target).exists():
+        raise ValueError(f"{options.target} is there already; choose another name")
+    if options.command == "from_nanogpt":
+        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+        state, name = read_nanogpt(options.source, tokenizer, options.gelu), options.source
+        log("left out   the optimizer's state: training goes on from the weights, with a new one")
+    elif Path(options.source).is_file():
+        raise ValueError(f"{options.source} is a file; from_hf takes a folder or a hub's name")
+    else:
+        state, name = load_state(options.source)
+    config = checkpoint.model_config(state)
+    model, tokenizer = build(state, config).float(), _tokenizer(state, config, name)
+    log(f"model      {name}: {_facts(model, tokenizer)}")
+    check_loss(model, tokenizer)
+    checkpoint.save(options.target, state)
+    log(f"wrote      {options.target}")
+    return 0
+
+
+def parse(argv):
+    parser = ArgumentParser(prog="convert.py", description="Bring models in, take models out.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("from_hf", help="a Hugging Face model -> a checkpoint")
+    command.add_argument(
+        "source", metavar="NAME_OR_DIR", help="gpt2 ... gpt2-xl, org/name, a folder"
+    )
+    command.add_argument("target", metavar="OUT.pt", help="the checkpoint to write")
+    command = commands.add_parser("to_hf", help="a checkpoint -> a Hugging Face folder")
+    command.add_argument("source", metavar="CHECKPOINT.pt", help="the model to export")
+    command.add_argument("target", metavar="DIR", help="the folder to write, new or empty")
+    command = commands.add_parser("from_nanogpt", help="nanoGPT's ckpt.pt -> a checkpoint")
+    command.add_argument("source", metavar="CKPT.pt", help="what nanoGPT's train.py saved")
+    command.add_argument("target", metavar="OUT.pt", help="the checkpoint to write")
+    command.add_argument("--tokenizer", metavar="FILE", help="the tokenizer.json of a data set")
+    command.add_argument(
+        "--gelu", choices=["exact", "tanh"], default="exact", help="tanh: trained before May 2023"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

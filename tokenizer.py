@@ -10,7 +10,9 @@ A saved tokenizer is one JSON object and whole: nothing else is needed to use it
 
 import codecs
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import threading
@@ -115,20 +117,24 @@ class BPETokenizer:
 
     `tokens` are spelt in SYMBOLS and stand at their ids. Text is never refused: whatever looks
     like <|endoftext|> in it is encoded as plain text, and half a surrogate pair as U+FFFD.
+
+    A vocabulary from elsewhere may have other special tokens, at any ids: `special` is text -> id,
+    `eot` the text of the one that ends a document. `tokens` then fill the other ids, in order.
     """
 
     kind = "bpe"
 
-    def __init__(self, tokens: list[str]):
+    def __init__(self, tokens: list[str], special: dict[str, int] | None = None, eot=END_OF_TEXT):
         self.tokens = tokens
-        self.eot_id = len(tokens)
-        self.vocab_size = len(tokens) + 1
-        ranks = {bytes([BYTE_OF[symbol] for symbol in token]): i for i, token in enumerate(tokens)}
+        self.special = {END_OF_TEXT: len(tokens)} if special is None else special
+        self.eot = eot if eot in self.special else None
+        self.eot_id = self.special.get(eot)
+        self.vocab_size = len(tokens) + len(self.special)
+        free = sorted(set(range(self.vocab_size)) - set(self.special.values()))
+        self.id_of = dict(zip(tokens, free, strict=True))
+        ranks = {bytes([BYTE_OF[symbol] for symbol in t]): i for t, i in self.id_of.items()}
         self._encoding = tiktoken.Encoding(
-            self.kind,
-            pat_str=WORDS,
-            mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: self.eot_id},
+            self.kind, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=self.special
         )
 
     @classmethod
@@ -182,8 +188,18 @@ class BPETokenizer:
         found = LAST_CUT.match(text)
         return found.end() if found else 0
 
+    def merges(self) -> list[list[str]]:
+        """For each token but the bytes the two that are merged into it, in the order of learning.
+
+        ValueError naming a token that no merging of earlier ones makes.
+        """
+        return [_last_two(token, self.id_of) for token in self.tokens if len(token) > 1]
+
     def to_dict(self) -> dict:
-        return {"format": FORMAT, "kind": self.kind, "tokens": " ".join(self.tokens)}
+        fields = {"format": FORMAT, "kind": self.kind, "tokens": " ".join(self.tokens)}
+        if (self.special, self.eot) != ({END_OF_TEXT: len(self.tokens)}, END_OF_TEXT):
+            fields |= {"special": self.special, "eot": self.eot}
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict) -> "BPETokenizer":
@@ -196,7 +212,15 @@ class BPETokenizer:
         _refuse_duplicates(tokens)
         if not set(tokens) >= set(SYMBOLS):
             raise ValueError("some of the 256 bytes have no token")
-        return cls(tokens)
+        if "special" not in fields:
+            return cls(tokens)
+        special = fields["special"]
+        if type(special) is not dict or not all(type(i) is int for i in special.values()):
+            raise ValueError("'special' is not a dict of texts and ids")
+        free = range(len(tokens) + len(special))
+        if len({i for i in special.values() if i in free}) < len(special):
+            raise ValueError("'special' has ids that are taken or out of range")
+        return cls(tokens, special, fields.get("eot"))
 
     def save(self, path):
         _save(self.to_dict(), path)
@@ -216,6 +240,21 @@ class GPT2Tokenizer(BPETokenizer):
         if len(tokens) != 50256:
             raise ValueError(f"GPT-2 has 50,256 tokens and {END_OF_TEXT}, not {len(tokens):,}")
         super().__init__(tokens)
+
+
+def _last_two(token, rank):
+    """The two parts at which merging the token's bytes, lowest rank first, arrives before it."""
+    parts = list(token)
+    while len(parts) > 2:
+        ranks = [rank.get(a + b, math.inf) for a, b in itertools.pairwise(parts)]
+        lowest = min(ranks)
+        if lowest >= rank[token]:
+            break
+        i = ranks.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    if len(parts) > 2:
+        raise ValueError(f"token {token!r} is not made of two earlier ones")
+    return parts
 
 
 def _gpt2_tokens():

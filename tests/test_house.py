@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "bench": "config model optim data checkpoint generate utils",
 }
 MAY_IMPORT["train"] = " ".join([*MAY_IMPORT])
-SCRIPTS = ("prepare_data", "train", "generate", "evaluate")
+SCRIPTS = ("prepare_data", "train", "generate", "evaluate", "convert")
 FILES = sorted(ROOT.glob("*.py"))
 
 
