@@ -278,7 +278,8 @@ def _check_size(tensors, config):
     """Refuse a config that asks for more numbers than the file holds, before a model is built."""
     held = {t.untyped_storage().data_ptr(): t.numel() for t in tensors.values()}
     blocks = 12 * config.n_layer * config.n_embd**2
-    if sum(held.values()) < blocks + (config.vocab_size + config.block_size) * config.n_embd:
+    rows = config.vocab_size + (config.block_size if config.position == "learned" else 0)
+    if sum(held.values()) < blocks + rows * config.n_embd:
         raise ValueError("its config describes a larger model than it holds")
 
 

@@ -29,7 +29,7 @@ class GPT2Config:
     n_embd: int = 768  # channels
     dropout: float = 0.0  # share of activations dropped while training
     bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
-    position: str = "learned"  # position encoding: learned
+    position: str = "learned"  # how positions are told: learned (GPT-2), rope or alibi
     gelu: str = "tanh"  # form of GELU: tanh (GPT-2) or exact (nanoGPT)
     # data
     data_dir: str = "./data/shakespeare"  # the data set's own folder
@@ -143,11 +143,23 @@ GPT2_CONFIGS = {
         "checkpoint_interval": 1000,
         "log_interval": 10,
     },
+    "finetune": {
+        "dropout": 0.1,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "max_iters": 500,
+        "learning_rate": 5e-5,
+        "lr_schedule": "linear",
+        "eval_interval": 50,
+        "eval_iters": 50,
+        "checkpoint_interval": 1000,
+        "log_interval": 1,
+    },
 }
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHOICES = {
-    "position": ("learned",),
+    "position": ("learned", "rope", "alibi"),
     "gelu": ("tanh", "exact"),
     "optimizer": ("adamw", "muon"),
     "lr_schedule": ("cosine", "linear"),
@@ -209,6 +221,9 @@ def problems(config: GPT2Config) -> list[str]:
     if not bad & {"n_embd", "n_head"} and config.n_head > 0:
         limit = f"not divisible by --n_head {config.n_head}"
         require("n_embd", lambda v: v % config.n_head == 0, limit)
+        if config.position == "rope" and config.n_embd % config.n_head == 0:
+            limit = f"--position rope turns pairs of channels: not even in --n_head {config.n_head}"
+            require("n_embd", lambda v: v // config.n_head % 2 == 0, limit)
     if not bad & {"min_lr", "learning_rate"}:
         limit = f"must be from 0 to --learning_rate {config.learning_rate}"
         require("min_lr", lambda v: 0 <= v <= config.learning_rate, limit)
@@ -318,6 +333,24 @@ def _shared(values, processes):
     after = math.lcm(before, processes)
     batch_size = max(1, values["batch_size"] * before // after)
     return values | {"gradient_accumulation_steps": after, "batch_size": batch_size}
+
+
+def finetune_preset(
+    device_type, train_tokens, val_tokens, vocab_size, block_size, processes=1
+) -> dict:
+    """The values of "finetune" fitted to a text and to a trained model's block_size: three times
+    through the text, sixteen sequences a step, few at once where there is no GPU.
+    """
+    values = dict(GPT2_CONFIGS["finetune"])
+    block_size = max(1, min(block_size, train_tokens - 1, val_tokens - 1))
+    sequences = values["batch_size"] * values["gradient_accumulation_steps"]
+    if device_type != "cuda":
+        values["batch_size"] = max(1, min(values["batch_size"], 2**25 // (block_size * vocab_size)))
+    values["gradient_accumulation_steps"] = sequences // values["batch_size"]
+    steps = max(20, 3 * train_tokens // (sequences * block_size))
+    values |= {"block_size": block_size, "max_iters": min(values["max_iters"], steps)}
+    values["eval_interval"] = math.ceil(values["max_iters"] / 8)
+    return _shared(values, processes)
 
 
 # ---------------------------------------------------------------- flags and files

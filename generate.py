@@ -19,7 +19,7 @@ import torch
 
 from config import DTYPES
 from convert import load_model
-from model import KVCache, context_start
+from model import KVCache, context_limit, context_start
 from tokenizer import StreamDecoder
 from utils import ArgumentParser, derived_seed, log, run
 
@@ -207,8 +207,8 @@ def window_logits(model, tokens, cache=None):
 
     Shorter rows are padded on the right, where no earlier token looks; an empty cache is filled.
     """
-    block_size = model.config.block_size
-    windows = [row[context_start(len(row), block_size) :] for row in tokens]
+    limit = context_limit(model.config)
+    windows = [row[context_start(len(row), limit) :] for row in tokens]
     lengths = [len(window) for window in windows]
     padded = [window + [0] * (max(lengths) - len(window)) for window in windows]
     idx = torch.tensor(padded, device=next(model.parameters()).device)  # (B, T)
@@ -257,10 +257,10 @@ class TextRow:
 def stream_text(model, tokenizer, prompts, sampling, samples=None):
     """Yield, token by token, the new text of each prompt; all joined, it is the continuation."""
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    block_size = model.config.block_size
-    for length in sorted({len(row) for row in ids if len(row) > block_size}):
-        seen = length - context_start(length, block_size)
-        log(f"a prompt of {length} tokens is cropped to its last {seen} (block_size {block_size})")
+    limit = context_limit(model.config)
+    for length in sorted({len(row) for row in ids if context_start(len(row), limit)}):
+        seen = length - context_start(length, limit)
+        log(f"a prompt of {length} tokens is cropped to its last {seen} (block_size {limit})")
     rows = [TextRow(tokenizer, sampling.stop) for _ in prompts]
     for new in generate_ids(model, ids, sampling, samples, tokenizer.eot_id):
         yield [row.push(token) for row, token in zip(rows, new, strict=True)]

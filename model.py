@@ -26,17 +26,18 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
-    def forward(self, x, cache=None):
+    def forward(self, x, mask=None, angles=None, cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        mask, causal = None, T > 1
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
-            k, v, mask, causal = cache.append(self.layer, k, v)  # (B, H, S, D), (B, 1, T, S)
+            k, v = cache.append(self.layer, k, v)  # (B, H, S, D) each
         p = self.dropout if self.training else 0.0
-        y = attention(q, k, v, mask, p, causal)  # (B, H, T, D)
+        y = attention(q, k, v, mask, p, causal=mask is None and T > 1)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), p)
 
@@ -44,17 +45,61 @@ class CausalSelfAttention(nn.Module):
 def attention(q, k, v, mask, dropout, causal):
     """Scaled dot-product attention, in the precision that is fastest for it.
 
+    mask: None, or what broadcasts to (B, H, T, S): True where a token may look, or a number to add.
     A CPU's bf16 kernel takes twice the time of its float32 one for training on up to 512 tokens,
     and three times for a single token that looks at 1,000 (whose cache is float32 then).
     """
     short = q.shape[2] <= 512 or k.dtype == torch.float32
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and short:
-        with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(
-                q.float(), k.float(), v.float(), mask, dropout, is_causal=causal
-            )
-        return y.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype == torch.bfloat16 and short:
+        q, k, v = q.float(), k.float(), v.float()
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+    return y.to(dtype)
+
+
+# ---------------------------------------------------------------- positions
+
+
+def rotary_angles(positions, head_size, dtype):
+    """Cosines and sines (..., T, D/2) by which `rotate` turns the pairs of channels of tokens at
+    positions (..., T): RoPE (Su et al. 2021).
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    channels = torch.arange(0, head_size, 2, device=positions.device, dtype=dtype)
+    angles = positions[..., None] * 10000.0 ** (-channels / head_size)  # (..., T, D/2)
+    if angles.ndim == 3:  # rows with positions of their own
+        angles = angles[:, None]  # (B, 1, T, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, angles):
+    """x (B, H, T, D), the pair of channels i and i + D/2 turned by the position's angle i, so that
+    the product of a query and a key depends on their distance alone.
+    """
+    cos, sin = angles
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+def distance_penalty(positions, seen, n_head):
+    """ALiBi (Press et al. 2022) as a mask (1 or B, H, T, S): a token at positions (..., T) sees the
+    `seen` first ones, each the less the farther back it is; a slope for each head.
+    """
+    device, power = positions.device, 2 ** math.floor(math.log2(n_head))
+    head = torch.arange(n_head, device=device)
+    # 2^(-8/n), 2^(-16/n) ... for n a power of two; else every second of those for twice as many
+    exponent = torch.where(head < power, 8 * (head + 1), 4 * (2 * (head - power) + 1)) / power
+    slope = 2.0**-exponent  # (H,)
+    distance = positions[..., None] - torch.arange(seen, device=device)  # (..., T, S)
+    distance = distance.view(-1, 1, *distance.shape[-2:])  # (1 or B, 1, T, S)
+    penalty = -slope.view(1, -1, 1, 1) * distance  # (1 or B, H, T, S)
+    return penalty.masked_fill(distance < 0, -math.inf)
+
+
+# ---------------------------------------------------------------- the network
 
 
 class MLP(nn.Module):
@@ -80,28 +125,28 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, mask=None, angles=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, angles, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019) under the published weights' parameter names."""
+    """GPT-2 (Radford et al. 2019) under the published weights' parameter names.
+
+    With position "rope" or "alibi" there is no table of positions, and no end to the context.
+    """
 
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        blocks = [Block(config, layer) for layer in range(config.n_layer)]
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(blocks),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
+        parts = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.position == "learned":
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        parts["drop"] = nn.Dropout(config.dropout)
+        parts["h"] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        parts["ln_f"] = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2017)
         self._init_weights()
@@ -120,25 +165,38 @@ class GPT2(nn.Module):
         """Logits (B, T, V) and the loss: mean cross-entropy in nats over targets that are not -1.
 
         idx and targets are int64 (B, T). With a cache, idx are the tokens that follow those in it;
-        the cache takes them up. Raises ValueError where T > block_size and there is no cache.
+        the cache takes them up. Raises ValueError where T > block_size, positions are learned and
+        there is no cache.
         """
-        T = idx.shape[1]
+        T, limit = idx.shape[1], context_limit(self.config)
+        mask = None
         if cache is None:
-            if T > self.config.block_size:
-                raise ValueError(f"{T} tokens are more than block_size {self.config.block_size}")
+            if limit is not None and T > limit:
+                raise ValueError(f"{T} tokens are more than block_size {limit}")
             positions = torch.arange(T, device=idx.device)  # (T,)
         elif cache.has_room(T):
-            positions = cache.begin(idx)  # (T,), or (B, T) where rows differ in length
+            positions, mask = cache.begin(idx)  # (T,), or (B, T) where rows differ in length
         else:
             return self._slide(idx, cache), None
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
-        x = self.transformer.drop(x)
+        x, mask, angles = self.embed(idx, positions, mask, T if cache is None else cache.seen)
         for block in self.transformer.h:
-            x = block(x, cache)
+            x = block(x, mask, angles, cache)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         if cache is not None:
             cache.end()
         return logits, None if targets is None else cross_entropy(logits, targets)
+
+    def embed(self, idx, positions, mask, seen):
+        """What enters the blocks, (B, T, C); and what tells them positions: mask and angles."""
+        config, angles = self.config, None
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if config.position == "learned":
+            x = x + self.transformer.wpe(positions)
+        elif config.position == "rope":
+            angles = rotary_angles(positions, config.n_embd // config.n_head, x.dtype)
+        else:
+            mask = distance_penalty(positions, seen, config.n_head)
+        return self.transformer.drop(x), mask, angles
 
     def _slide(self, idx, cache):
         """Logits for tokens that do not fit: a full row starts again from its last half.
@@ -166,7 +224,9 @@ class GPT2(nn.Module):
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs a token (Chowdhery et al. 2022, appendix B)."""
         config = self.config
-        n = self.num_params() - self.transformer.wpe.weight.numel()
+        n = self.num_params()
+        if config.position == "learned":
+            n -= self.transformer.wpe.weight.numel()
         return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size
 
 
@@ -181,17 +241,22 @@ def cross_entropy(logits, targets):
 # ---------------------------------------------------------------- the cache
 
 
-def context_start(length: int, block_size: int) -> int:
+def context_limit(config: GPT2Config) -> int | None:
+    """How many tokens the model can look at; None: all, however many."""
+    return config.block_size if config.position == "learned" else None
+
+
+def context_start(length: int, limit: int | None) -> int:
     """First of `length` tokens that the model still sees when it predicts the next one.
 
-    Up to block_size all are seen. Beyond, only the last block_size // 2 are kept, and the context
-    grows from there until it is full again: filling it anew at every token would cost as much as
-    having no cache. Cached and uncached generation both follow this rule.
+    Up to the limit all are seen. Beyond, only the last limit // 2 are kept, and the context grows
+    from there until it is full again: filling it anew at every token would cost as much as having
+    no cache. Cached and uncached generation both follow this rule.
     """
-    if length <= block_size:
+    if limit is None or length <= limit:
         return 0
-    half = max(1, block_size // 2)
-    return length - half - (length - block_size - 1) % (block_size - half + 1)
+    half = max(1, limit // 2)
+    return length - half - (length - limit - 1) % (limit - half + 1)
 
 
 class KVCache:
@@ -203,6 +268,7 @@ class KVCache:
 
     def __init__(self, config: GPT2Config, batch_size: int, device=None, dtype=None):
         self.config, self.block_size = config, config.block_size
+        self.limit = context_limit(config)
         head_size = config.n_embd // config.n_head
         shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_size)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (L, 2, B, H, block_size, D)
@@ -211,7 +277,7 @@ class KVCache:
         self.lengths = [0] * batch_size  # on the host: reading them never waits for the device
 
     def has_room(self, tokens: int) -> bool:
-        return max(self.lengths) + tokens <= self.block_size
+        return self.limit is None or max(self.lengths) + tokens <= self.limit
 
     def truncate(self, lengths: list[int]):
         """Forget what each row holds beyond its length: the padding of shorter prompts."""
@@ -219,13 +285,15 @@ class KVCache:
         self.lengths = list(lengths)
 
     def begin(self, idx):
-        """Make room for idx (B, T); their positions (T,), or (B, T) where rows differ in length."""
+        """Make room for idx (B, T). Their positions (T,), or (B, T) where rows differ in length,
+        and the mask (1 or B, 1, T, S) where the one for tokens that come first would not do.
+        """
         T, device = idx.shape[1], idx.device
         first = self.lengths[0]
-        self._new = T
-        self._ragged = any(length != first for length in self.lengths)
-        self._seen = max(self.lengths) + T
-        if self._ragged:
+        self.new, self.seen = T, max(self.lengths) + T
+        self.ragged = any(length != first for length in self.lengths)
+        self._grow()
+        if self.ragged:
             starts = torch.tensor(self.lengths, device=device)
             positions = starts[:, None] + torch.arange(T, device=device)  # (B, T)
             self._rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
@@ -233,35 +301,41 @@ class KVCache:
         else:
             positions = torch.arange(first, first + T, device=device)  # (T,)
             self.idx[:, first : first + T] = idx
-        self._positions = positions
-        self._mask = None
-        if self._ragged or (first > 0 and T > 1):
-            seen = torch.arange(self._seen, device=device)  # (S,)
-            self._mask = (seen <= positions[..., None]).view(-1, 1, T, self._seen)
-        return positions
+        self._positions, mask = positions, None
+        if self.ragged or (first > 0 and T > 1):
+            seen = torch.arange(self.seen, device=device)  # (S,)
+            mask = (seen <= positions[..., None]).view(-1, 1, T, self.seen)
+        return positions, mask
+
+    def _grow(self):
+        """Twice the room, where there is no limit and it has run out."""
+        room = self.idx.shape[1]
+        if self.seen > room:
+            more = max(room, self.seen - room)
+            self.kv = F.pad(self.kv, (0, 0, 0, more))
+            self.idx = F.pad(self.idx, (0, more))
 
     def append(self, layer, k, v):
-        """Take up a layer's new keys and values (B, H, T, D); give all (B, H, S, D) and a mask."""
-        keys, values = self.kv[layer]  # (B, H, block_size, D) each
+        """Take up a layer's new keys and values (B, H, T, D); give all, (B, H, S, D) each."""
+        keys, values = self.kv[layer]  # (B, H, room, D) each
         k, v = k.detach(), v.detach()  # a cache is for generating: no gradient flows through it
-        if self._ragged:
+        if self.ragged:
             keys[self._rows, :, self._positions] = k.transpose(1, 2).to(keys.dtype)
             values[self._rows, :, self._positions] = v.transpose(1, 2).to(values.dtype)
         else:
-            start = self._seen - self._new
-            keys[:, :, start : self._seen] = k
-            values[:, :, start : self._seen] = v
-        causal = self._mask is None and self._new > 1
-        return keys[:, :, : self._seen], values[:, :, : self._seen], self._mask, causal
+            start = self.seen - self.new
+            keys[:, :, start : self.seen] = k
+            values[:, :, start : self.seen] = v
+        return keys[:, :, : self.seen], values[:, :, : self.seen]
 
     def end(self):
         """All layers have taken up the new tokens."""
-        self.lengths = [length + self._new for length in self.lengths]
+        self.lengths = [length + self.new for length in self.lengths]
 
     def rows(self, rows: list[int], start_again: bool) -> "KVCache":
         """A cache of some rows: as they are, or empty with the tokens to start again from."""
         part = object.__new__(KVCache)
-        part.config, part.block_size = self.config, self.block_size
+        part.config, part.block_size, part.limit = self.config, self.block_size, self.limit
         part.kv, part.idx = self.kv[:, :, rows], self.idx[rows]  # copies
         half = max(1, self.block_size // 2)
         first = self.block_size + 1 - half if start_again else self.block_size

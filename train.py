@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import checkpoint
 import config as settings
 from config import GPT2_CONFIGS, GPT2Config
-from convert import load_model
+from convert import load_model, load_state
 from data import BatchSampler, TokenDataset
 from evaluate import mean_loss
 from generate import sample_text
@@ -45,6 +45,7 @@ from utils import (
     lock,
     log,
     peak_flops,
+    perplexity,
     pick_device,
     pick_dtype,
     process_group,
@@ -73,12 +74,20 @@ class Interrupted(Exception):
 # ---------------------------------------------------------------- the training loop
 
 
-def train(config: GPT2Config, resume: bool = False, fresh: bool = False) -> dict:
+def train(
+    config: GPT2Config,
+    resume: bool = False,
+    fresh: bool = False,
+    start: dict | None = None,
+    eval_only: bool = False,
+) -> dict:
     """Train as config says, going on from checkpoint_dir's latest checkpoint where it fits; return
     the last object logged to metrics.jsonl.
 
-    resume insists on a checkpoint, fresh sets an earlier run's aside. Under torchrun all processes
-    call it alike. Raises ValueError for what the user can mend, CheckpointError, OSError (could not
+    resume insists on a checkpoint, fresh sets an earlier run's aside; start is a checkpoint's dict
+    whose weights a new run begins with (see start_from); eval_only measures the validation loss,
+    {"step": ..., "val_loss": ...}, and changes nothing. Under torchrun all processes call it alike.
+    Raises ValueError for what the user can mend, CheckpointError, OSError (could not
     write), NonFiniteError, Interrupted, PeerError.
     """
     settings.validate(config)
@@ -90,6 +99,8 @@ def train(config: GPT2Config, resume: bool = False, fresh: bool = False) -> dict
     device, why = pick_device(config.device)
     dataset = TokenDataset(config.data_dir)
     dataset.require(config.block_size)
+    if start is not None:
+        check_vocabulary(start, dataset)
     set_up_device(device)
     folder = config.checkpoint_dir
     with process_group(device, config.peer_timeout) as group, StopSignals(group) as stop:
@@ -100,8 +111,10 @@ def train(config: GPT2Config, resume: bool = False, fresh: bool = False) -> dict
                 if fresh
                 else share_from_first(lambda: find_checkpoint(config, dataset, resume))
             )
-            trainer = Trainer(config, dataset, state, stop)
+            trainer = Trainer(config, dataset, state, stop, start)
             trainer.describe(why)
+            if eval_only:
+                return {"step": trainer.step, "val_loss": trainer.evaluate()}
             if fresh and rank() == 0:
                 set_aside(folder)
             return trainer.run()
@@ -110,7 +123,7 @@ def train(config: GPT2Config, resume: bool = False, fresh: bool = False) -> dict
 class Trainer:
     """Everything that a run changes as it goes, and the steps that change it."""
 
-    def __init__(self, config, dataset, state=None, stop=None):
+    def __init__(self, config, dataset, state=None, stop=None, start=None):
         device, _ = pick_device(config.device)
         dtype = settings.dtype_name(config.dtype or pick_dtype(device))
         compiled = device.type == "cuda" if config.compile is None else config.compile
@@ -137,15 +150,18 @@ class Trainer:
         )
         self.step, self.best_val_loss, self.run_name = 0, None, None
         self.skipped, self.finite = 0, None
-        self.build(state)
+        self.pretrained = start is not None
+        self.build(state, start)
 
-    def build(self, state):
-        """The model, wrapped for this machine, and the optimizer; from a checkpoint's state."""
+    def build(self, state, start):
+        """The model, wrapped for this machine, and the optimizer; with a checkpoint's state, or
+        with the weights of start.
+        """
         config = self.config
         wide = torch.float64 if config.dtype == "float64" else torch.float32
         self.raw_model = GPT2(config).to(self.device, wide)
-        if state is not None:
-            checkpoint.load_weights(self.raw_model, state)
+        if state is not None or start is not None:
+            checkpoint.load_weights(self.raw_model, state or cropped(start, config.block_size))
         self.sharded = world_size() > 1 and config.parallel == "fsdp"
         if config.activation_checkpointing:
             recompute_activations(self.raw_model)
@@ -303,7 +319,7 @@ class Trainer:
 
     def check_initial_loss(self, loss):
         expected = math.log(self.config.vocab_size)
-        if abs(loss - expected) > 0.5:
+        if loss - expected > 0.5 or (expected - loss > 0.5 and not self.pretrained):
             log(
                 f"warning: the first loss is {loss:.3f}, an untrained model's is near "
                 f"ln({self.config.vocab_size}) = {expected:.3f}; is the data what it should be?"
@@ -526,7 +542,7 @@ def share_lock(folder):
         yield
 
 
-# ---------------------------------------------------------------- finding the checkpoint
+# ---------------------------------------------------------------- where to start from
 
 
 def find_checkpoint(config, dataset, insist):
@@ -566,6 +582,53 @@ def set_aside(folder):
     target = checkpoint.set_aside(folder)
     if target is not None:
         log(f"--fresh: the earlier run's checkpoints are now in {target}")
+
+
+def start_from(spec, config, chosen=()) -> tuple[GPT2Config, dict]:
+    """config with the shape of a trained model, and its checkpoint's dict for train(start=...).
+
+    spec: what convert.load_state takes. chosen: fields that the user has set; block_size may be
+    shorter than the model's, dropout anything. Raises ValueError where another is not the model's.
+    """
+    state, name = load_state(spec)
+    model = checkpoint.model_config(state)
+    unlike = [
+        f"--{field} {getattr(config, field)}: the model of --init_from {name} has "
+        f"{getattr(model, field)}"
+        for field in settings.MODEL_FIELDS
+        if field in chosen and getattr(config, field) != getattr(model, field)
+        if field != "block_size" or config.block_size > model.block_size
+    ]
+    if unlike:
+        raise ValueError("\n".join(unlike))
+    shape = {field: getattr(model, field) for field in settings.MODEL_FIELDS}
+    if "block_size" in chosen:
+        shape["block_size"] = config.block_size
+    log(f"weights    {name}: {model.n_layer} layers, {model.n_embd} channels")
+    return replace(config, **shape), state
+
+
+def check_vocabulary(start, dataset):
+    """ValueError unless the data set's ids mean to the model of start what they always have."""
+    vocab_size = checkpoint.model_config(start).vocab_size
+    theirs = load_tokenizer(start["tokenizer"]) if start["tokenizer"] else None
+    mine = dataset.meta["tokenizer"]
+    same = theirs is None or theirs.hash() == mine["sha256"]
+    if not same or vocab_size != dataset.vocab_size:
+        kind = "an unknown tokenizer" if theirs is None else theirs.kind
+        raise ValueError(
+            f"--init_from: its model knows {vocab_size:,} tokens ({kind}), {dataset.data_dir} has "
+            f"another vocabulary of {dataset.vocab_size:,} ({mine['kind']}); prepare the text with "
+            "the model's tokenizer"
+        )
+
+
+def cropped(start, block_size) -> dict:
+    """start with a table of positions of block_size rows."""
+    tensors = dict(start["model"])
+    if "transformer.wpe.weight" in tensors:
+        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:block_size]
+    return {"model": tensors}
 
 
 class StopSignals:
@@ -621,12 +684,18 @@ def main(argv=None) -> int:
             config.data_dir = f"./data/{Path(options.data).stem}-{kind}"
             chosen.add("data_dir")
         prepare_file(options.data, kind, config.data_dir)
-    config = with_preset(config, chosen)
+    start = None
+    if options.init_from != "scratch":
+        config, start = start_from(options.init_from, config, chosen)
+    config = with_preset(config, chosen, start)
     try:
-        train(config, options.resume, options.fresh)
+        last = train(config, options.resume, options.fresh, start, options.eval_only)
     except torch.OutOfMemoryError as error:
         raise ValueError(OUT_OF_MEMORY.format(config)) from error
-    if options.prompt is not None and rank() == 0:
+    if options.eval_only and rank() == 0:
+        loss = last["val_loss"]
+        print(f"step {last['step']}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+    elif options.prompt is not None and rank() == 0:
         best = Path(config.checkpoint_dir) / checkpoint.BEST
         model, tokenizer = load_model(str(best), config.device)
         print(sample_text(model, tokenizer, options.prompt, options.max_new_tokens))
@@ -652,6 +721,10 @@ def parse(argv):
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="insist on going on from a checkpoint")
     how.add_argument("--fresh", action="store_true", help="set an earlier run aside, start anew")
+    parser.add_argument("--init_from", default="scratch", metavar="X", help=INIT_FROM)
+    parser.add_argument(
+        "--eval_only", action="store_true", help="print the validation loss, no more"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="print a continuation when training ends")
     parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="its length")
     settings.add_flags(parser.add_argument_group("settings (fields of GPT2Config)"))
@@ -674,22 +747,34 @@ def parse(argv):
     return options, config, settings.edited_fields() | set(from_file) | set(values)
 
 
+INIT_FROM = (
+    "begin with the weights of a checkpoint, of a Hugging Face folder, or of gpt2, gpt2-medium, "
+    "gpt2-large, gpt2-xl or org/name from the hub; scratch: with random ones"
+)
 EXAMPLES = "example: train.py --data novel.txt --tokenizer char --n_layer 6 --compile false"
 
 
-def with_preset(config, chosen) -> GPT2Config:
-    """config with its preset's values wherever the user has set nothing (chosen)."""
+def with_preset(config, chosen, start=None) -> GPT2Config:
+    """config with its preset's values wherever the user has set nothing (chosen).
+
+    auto is for fine-tuning where there are weights to start from, and leaves their shape alone.
+    """
     if config.preset == "none":
         return config
+    shape = set(settings.MODEL_FIELDS) if start is not None else set()
     if config.preset != "auto":
-        return settings.apply_preset(config, GPT2_CONFIGS[config.preset], chosen)
+        return settings.apply_preset(config, GPT2_CONFIGS[config.preset], chosen | shape)
     dataset = TokenDataset(config.data_dir)
     kind = pick_device(config.device)[0].type
-    sizes = len(dataset.train), len(dataset.val), dataset.vocab_size
-    name, values = settings.auto_preset(kind, *sizes, world_size())
+    text = kind, len(dataset.train), len(dataset.val), dataset.vocab_size
+    if start is None:
+        name, values = settings.auto_preset(*text, world_size())
+    else:
+        name, shape = "finetune", shape - {"block_size"}
+        values = settings.finetune_preset(*text, config.block_size, world_size())
     if set(values) - chosen:
-        log(f"preset     {name}: fits {kind} and {sizes[0]:,} tokens; --preset and flags override")
-    return settings.apply_preset(config, values, chosen)
+        log(f"preset     {name}: fits {kind} and {text[1]:,} tokens; --preset and flags override")
+    return settings.apply_preset(config, values, chosen | shape)
 
 
 if __name__ == "__main__":

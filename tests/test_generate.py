@@ -21,10 +21,10 @@ from utils import run
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz=<|>/"
 
 
-def tiny_model(vocab_size, block_size=16):
+def tiny_model(vocab_size, block_size=16, position="learned"):
     """Far from the first random weights, where all logits are near zero."""
     torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16}
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "position": position}
     model = GPT2(GPT2Config(vocab_size=vocab_size, block_size=block_size, **sizes))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -151,8 +151,9 @@ def columns(model, prompts, sampling, **options):
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
-def test_cached_is_uncached_and_a_row_is_its_prompt_alone_past_block_size(char, temperature):
-    model, _ = char
+@pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
+def test_cached_is_uncached_and_a_row_is_its_prompt_alone_past_block_size(temperature, position):
+    model = tiny_model(len(ALPHABET), position=position).double()
     sampling = Sampling(60, temperature, top_k=20)
     cached = columns(model, PROMPTS, sampling)
     assert cached == columns(model, PROMPTS, sampling, use_cache=False)

@@ -1,5 +1,6 @@
 """The network against what is known of GPT-2, and the cache against the network without one."""
 
+import cmath
 import math
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from config import GPT2_CONFIGS, GPT2Config, apply_preset
-from model import GPT2, KVCache, context_start
+from model import GPT2, KVCache, context_limit, context_start
+
+POSITIONS = ["learned", "rope", "alibi"]
 
 
 def small(**values):
@@ -41,9 +44,10 @@ def test_parameter_names_are_gpt2s():
     assert {"transformer.h.0.mlp.c_proj.bias", "transformer.ln_f.bias", "lm_head.weight"} <= names
 
 
-def test_flops_per_token_follow_palm():
-    model = small()
-    n = model.num_params() - 16 * 32
+@pytest.mark.parametrize("position", POSITIONS)
+def test_flops_per_token_follow_palm(position):
+    model = small(position=position)
+    n = model.num_params() - (16 * 32 if position == "learned" else 0)
     assert model.flops_per_token() == 6 * n + 12 * 3 * 32 * 16
 
 
@@ -64,8 +68,9 @@ def test_initial_weights_have_gpt2s_spread():
     assert block.mlp.c_proj.bias.abs().max() == 0
 
 
-def test_future_never_changes_past_logits():
-    model, idx = small(), torch.randint(50, (2, 16))
+@pytest.mark.parametrize("position", POSITIONS)
+def test_future_never_changes_past_logits(position):
+    model, idx = small(position=position), torch.randint(50, (2, 16))
     before, _ = model(idx)
     for t in range(1, 16):
         changed = idx.clone()
@@ -82,12 +87,40 @@ def test_targets_of_minus_one_do_not_count():
     assert loss.item() == pytest.approx(by_hand.item(), abs=1e-12)
 
 
-@pytest.mark.parametrize("gelu", ["tanh", "exact"])
-def test_a_plain_version_written_out_gives_the_same_logits(gelu):
-    """Attention, GELU and norms by their formulas (Radford 2019; Hendrycks & Gimpel 2016)."""
-    model, idx = small(gelu=gelu), torch.randint(50, (2, 9))
-    w = model.state_dict()
-    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:9]
+def turned(x):
+    """RoPE pair by pair, as complex numbers (Su 2021): x (T, D)."""
+    T, D = x.shape
+    pairs = torch.complex(x[:, : D // 2], x[:, D // 2 :])
+    for m in range(T):
+        for i in range(D // 2):
+            pairs[m, i] *= cmath.exp(1j * m * 10000 ** (-2 * i / D))
+    return torch.cat([pairs.real, pairs.imag], -1)
+
+
+@pytest.mark.parametrize(
+    "position, gelu, n_head",
+    [
+        ("learned", "tanh", 4),
+        ("learned", "exact", 4),
+        ("rope", "tanh", 4),
+        ("alibi", "tanh", 4),
+        ("alibi", "tanh", 6),
+    ],
+)
+def test_a_plain_version_written_out_gives_the_same_logits(position, gelu, n_head):
+    """Attention, GELU, norms and positions by their formulas (Radford 2019; Hendrycks & Gimpel
+    2016; Press 2022, whose slopes are written down here).
+    """
+    D = 8
+    model = small(position=position, gelu=gelu, n_head=n_head, n_embd=D * n_head)
+    idx, w = torch.randint(50, (2, 9)), model.state_dict()
+    slopes = {
+        4: [1 / 4, 1 / 16, 1 / 64, 1 / 256],
+        6: [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8],
+    }
+    x = w["transformer.wte.weight"][idx]
+    if position == "learned":
+        x = x + w["transformer.wpe.weight"][:9]
 
     def norm(x, name):
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
@@ -100,9 +133,14 @@ def test_a_plain_version_written_out_gives_the_same_logits(gelu):
         name = f"transformer.h.{layer}"
         q, k, v = linear(norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn").chunk(3, dim=-1)
         heads = []
-        for h in range(4):
-            part = slice(8 * h, 8 * h + 8)
-            scores = q[..., part] @ k[..., part].mT / math.sqrt(8)
+        for h in range(n_head):
+            part = slice(D * h, D * h + D)
+            query, key = q[..., part], k[..., part]
+            if position == "rope":
+                query, key = (torch.stack([turned(row) for row in x]) for x in (query, key))
+            scores = query @ key.mT / math.sqrt(D)
+            if position == "alibi":
+                scores -= slopes[n_head][h] * (torch.arange(9)[:, None] - torch.arange(9))
             scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
             heads.append(scores.softmax(-1) @ v[..., part])
         x = x + linear(torch.cat(heads, -1), f"{name}.attn.c_proj")
@@ -129,8 +167,9 @@ def test_one_batch_overfits():
     assert loss.item() < 0.05
 
 
-def test_bfloat16_attention_on_a_cpu_stays_close_to_float32():
-    model = small().float()
+@pytest.mark.parametrize("position", POSITIONS)
+def test_bfloat16_attention_on_a_cpu_stays_close_to_float32(position):
+    model = small(position=position).float()
     idx = torch.randint(50, (2, 16))
     exact, _ = model(idx)
     with torch.autocast("cpu", torch.bfloat16):
@@ -149,29 +188,37 @@ def test_context_grows_to_block_size_and_starts_again_from_half(block_size):
         assert length - context_start(length, block_size) == seen
 
 
+def limit_of(model):
+    return context_limit(model.config)
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 3, 16])
-def test_cached_logits_equal_uncached_across_block_size(block_size):
-    model = small(block_size=block_size)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_cached_logits_equal_uncached_across_block_size(block_size, position):
+    model = small(block_size=block_size, position=position)
     idx, cache = torch.randint(50, (3, 60)), KVCache(model.config, 3, dtype=torch.float64)
     for n in range(1, 61):
         logits, _ = model(idx[:, n - 1 : n], cache=cache)
-        start = context_start(n, block_size)
+        start = context_start(n, limit_of(model))
+        assert (start == 0) == (n <= block_size or position != "learned")
         expected, _ = model(idx[:, start:n])
         assert (logits[:, -1] - expected[:, -1]).abs().max() < 1e-10
 
 
-def test_cached_prompt_in_pieces_equals_uncached():
-    model = small()
+@pytest.mark.parametrize("position", POSITIONS)
+def test_cached_prompt_in_pieces_equals_uncached(position):
+    model = small(position=position)
     idx, cache = torch.randint(50, (2, 40)), KVCache(model.config, 2, dtype=torch.float64)
     pieces = [model(part, cache=cache)[0] for part in idx.split([5, 8, 20, 7], dim=1)]
     logits = torch.cat(pieces, dim=1)
     for n in range(1, 41):
-        expected, _ = model(idx[:, context_start(n, 16) : n])
+        expected, _ = model(idx[:, context_start(n, limit_of(model)) : n])
         assert (logits[:, n - 1] - expected[:, -1]).abs().max() < 1e-10
 
 
-def test_a_row_of_unequal_length_is_as_if_alone():
-    model, lengths = small(), [3, 10, 7]
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_row_of_unequal_length_is_as_if_alone(position):
+    model, lengths = small(position=position), [3, 10, 7]
     idx, cache = torch.randint(50, (3, 60)), KVCache(model.config, 3, dtype=torch.float64)
     model(idx[:, :10], cache=cache)
     cache.truncate(lengths)
@@ -180,13 +227,16 @@ def test_a_row_of_unequal_length_is_as_if_alone():
         logits, _ = model(token, cache=cache)
         for row, n in enumerate(lengths):
             n = n + t + 1
-            expected, _ = model(idx[row : row + 1, context_start(n, 16) : n])
+            seen = idx[row : row + 1, context_start(n, limit_of(model)) : n]
+            expected, _ = model(seen)
             assert (logits[row, -1] - expected[0, -1]).abs().max() < 1e-10
 
 
 def test_too_long_an_input_is_refused():
     with pytest.raises(ValueError, match="block_size 16"):
         small()(torch.zeros(1, 17, dtype=torch.int64))
+    for position in ("rope", "alibi"):
+        assert small(position=position)(torch.zeros(1, 17, dtype=torch.int64))[0].shape[1] == 17
 
 
 # ---------------------------------------------------------------- an independent reference

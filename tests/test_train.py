@@ -21,7 +21,7 @@ import checkpoint
 import train as training
 from config import GPT2Config
 from optim import learning_rate
-from train import NonFiniteError, Trainer, train
+from train import NonFiniteError, Trainer, start_from, train
 from utils import lock, run
 
 KILLS = range(5)
@@ -230,7 +230,7 @@ def test_evaluating_and_logging_change_nothing(config):
 # ---------------------------------------------------------------- killed and resumed
 
 
-def killed_at(config, step):
+def killed_at(config, step, *more):
     """Train, and die by SIGKILL in the middle of update number `step` (from 0)."""
     update = Trainer.forward_backward
 
@@ -240,7 +240,7 @@ def killed_at(config, step):
         return update(self, micro_step)
 
     Trainer.forward_backward = forward_backward
-    return main(config)
+    return main(config, *more)
 
 
 @pytest.mark.parametrize(
@@ -620,3 +620,121 @@ def test_learning_rate_logged_is_that_of_the_schedule(config):
     full = training.settings.derived(config)
     for record in logged(config):
         assert record["lr"] == learning_rate(record["step"] - 1, full)
+
+
+# ---------------------------------------------------------------- other weights to start from
+
+
+def pretrained(config, folder, **changes):
+    """A checkpoint of another run, of the same text."""
+    other = replace(elsewhere(config, folder), max_iters=15, seed=7, **changes)
+    train(other)
+    return Path(other.checkpoint_dir) / "final_checkpoint.pt"
+
+
+def test_init_from_begins_with_those_weights_and_a_new_optimizer(config, tmp_path):
+    path = pretrained(config, tmp_path / "other")
+    trainer = started(config, path)
+    assert same(trainer.raw_model.state_dict(), checkpoint.load(path)["model"])
+    assert trainer.step == 0 and not trainer.optimizer.state and trainer.best_val_loss is None
+
+
+def started(config, path, chosen=()):
+    given, start = start_from(path, config, chosen)
+    return Trainer(given, training.TokenDataset(config.data_dir), start=start)
+
+
+def test_init_from_resumes_saves_the_best_and_generates_bit_exactly(config, tmp_path, capsys):
+    path = pretrained(config, tmp_path / "other")
+    undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
+    more = ["--init_from", str(path), "--dropout", "0.2"]
+    assert main(undisturbed, *more) == 0
+    assert in_child(killed_at, config, 23, *more) == -signal.SIGKILL
+    assert main(config, *more, "--prompt", "the quick") == 0
+    assert_same_run(config, undisturbed)
+    out, err = capsys.readouterr()
+    assert out.startswith("the quick") and "resuming" in err
+    first = logged(config)[0]["loss"]
+    assert first < logged(elsewhere(config, tmp_path / "other"))[0]["loss"] - 0.2
+    assert saved(config, "best_checkpoint.pt")["best_val_loss"] == min(
+        record["val_loss"] for record in logged(config) if "val_loss" in record
+    )
+
+
+def test_init_from_crops_the_table_of_positions(config, tmp_path):
+    path = pretrained(config, tmp_path / "other")
+    trainer = started(replace(config, block_size=9), path, {"block_size"})
+    table = trainer.raw_model.transformer.wpe.weight
+    assert torch.equal(table, checkpoint.load(path)["model"]["transformer.wpe.weight"][:9])
+
+
+def test_init_from_with_a_preset_keeps_the_models_shape(config, tmp_path):
+    path = pretrained(config, tmp_path / "other")
+    given, start = start_from(path, GPT2Config(data_dir=config.data_dir))
+    chosen = {"data_dir"}
+    for preset in ("auto", "shakespeare-cpu", "finetune"):
+        new = training.with_preset(replace(given, preset=preset), chosen, start)
+        assert (new.n_layer, new.n_embd, new.block_size) == (2, 32, 16)
+    assert training.with_preset(given, chosen, start).learning_rate == 5e-5
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--n_layer", "3"], ["--n_layer 3", "has 2"]),
+        (["--block_size", "17"], ["--block_size 17", "has 16"]),
+        (["--position", "rope"], ["--position rope", "has learned"]),
+        (["--init_from", "nowhere.pt"], ["nowhere.pt"]),
+    ],
+)
+def test_init_from_what_does_not_fit_is_one_line(config, tmp_path, capsys, more, words):
+    path = pretrained(config, tmp_path / "other")
+    capsys.readouterr()
+    assert main(config, "--init_from", str(path), *more) in (2, 3)
+    err = capsys.readouterr().err
+    assert err.count("error:") == 1 and all(word in err for word in words)
+    assert not Path(config.checkpoint_dir).exists()
+
+
+def test_init_from_a_model_of_another_vocabulary_is_refused(config, tmp_path, capsys):
+    text = tmp_path / "other.txt"
+    text.write_text("abc " * 500, "utf-8")
+    other = replace(
+        elsewhere(config, tmp_path / "abc"), max_iters=2, data_dir=str(tmp_path / "abc")
+    )
+    assert main(other, "--data", str(text), "--tokenizer", "char") == 0
+    capsys.readouterr()
+    path = Path(other.checkpoint_dir) / "final_checkpoint.pt"
+    assert main(config, "--init_from", str(path)) == 2
+    err = capsys.readouterr().err
+    assert err.count("error:") == 1 and "knows 4 tokens (char)" in err
+
+
+# ---------------------------------------------------------------- only evaluating
+
+
+def test_eval_only_prints_the_loss_and_leaves_everything_as_it_was(config, capsys):
+    train(config)
+    expected = logged(config)[-1]["val_loss"]
+    before = {p: p.read_bytes() for p in Path(config.checkpoint_dir).parent.rglob("*.*")}
+    capsys.readouterr()
+    assert main(config, "--eval_only") == 0
+    assert capsys.readouterr().out == (
+        f"step 40: validation loss {expected:.4f}, perplexity {math.exp(expected):.2f}\n"
+    )
+    after = {p: p.read_bytes() for p in Path(config.checkpoint_dir).parent.rglob("*.*")}
+    assert {p: b for p, b in after.items() if p.name != ".lock"} == {
+        p: b for p, b in before.items() if p.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+def test_positions_without_a_table_train_resume_and_export_state(config, position):
+    config = replace(config, position=position)
+    undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
+    assert main(undisturbed) == 0
+    assert in_child(killed_at, config, 17) == -signal.SIGKILL
+    assert main(config) == 0
+    assert_same_run(config, undisturbed)
+    assert "transformer.wpe.weight" not in saved(config)["model"]
+    assert logged(config)[-1]["val_loss"] < 3.3
