@@ -214,7 +214,7 @@ def score(model, rows, batch_size: int, device, autocast) -> list[Score]:
         while some := list(islice(rows, batch_size * world_size())):
             mine = my_batch(some, batch_size)
             found = score_batch(model, [row for _, row in mine or some[:1]], torch.device(device))
-            scored += zip((number for number, _ in mine), found, strict=False)
+            scored += zip((number for number, _ in mine), found, strict=False)  # mine may be empty
     return [found for _, found in sorted(gather_from_processes(scored))]
 
 
@@ -495,17 +495,23 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def one_line(result: dict) -> str:
+    """A result as JSON, which has neither infinity nor NaN: null stands for them."""
+    odd = [name for name, value in result.items() if str(value) in ("inf", "nan")]
+    return json.dumps(result | dict.fromkeys(odd))
+
+
 def parse(argv):
     parser = ArgumentParser(prog="evaluate.py", description="Measure a model.")
     add = parser.add_argument
     add("--checkpoint", metavar="PATH", help="none: the best of ./checkpoints")
     add("--task", nargs="+", choices=TASKS, default=["val"], help="what to measure (default: val)")
     add("--file", metavar="FILE", help="a text, or examples; none: they are downloaded")
-    add("--data_dir", metavar="DIR", help="val: none: what the model was trained on")
-    add("--split", choices=["train", "val"], help="val: of the data set (default: val)")
+    add("--data_dir", metavar="DIR", help="val: data set; none: what the model was trained on")
+    add("--split", choices=["train", "val"], help="val: which split (default: val)")
     add("--block_size", type=int, metavar="N", help="val: tokens in a window; none: the model's")
-    add("--context", type=int, metavar="N", help="perplexity: the same")
-    add("--stride", type=int, metavar="N", help="perplexity: none: half of the context")
+    add("--context", type=int, metavar="N", help="perplexity: tokens in a window; none: as above")
+    add("--stride", type=int, metavar="N", help="perplexity: its step; none: half a window")
     add("--batch_size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
     add("--device", help="cuda, cuda:1, mps or cpu; none: the best there is")
     add("--dtype", help=f"{', '.join(DTYPES)}; none: the best there is")
@@ -551,7 +557,7 @@ def main(argv=None) -> int:
         for task in options.task:
             result = TASKS[task](model, tokenizer, options)
             if rank() == 0:
-                print(json.dumps(result) if options.json else table(result), flush=True)
+                print(one_line(result) if options.json else table(result), flush=True)
     return 0
 
 

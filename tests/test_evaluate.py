@@ -287,6 +287,12 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch):
     assert measured == (len(text.encode()), len(text.split()))
 
 
+def test_what_json_cannot_say_is_null():
+    result = {"task": "perplexity", "word_perplexity": math.inf, "loss": math.nan, "words": 1}
+    parsed = json.loads(evaluate.one_line(result), parse_constant=pytest.fail)
+    assert parsed == {"task": "perplexity", "word_perplexity": None, "loss": None, "words": 1}
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
@@ -428,6 +434,11 @@ def test_hellaswag_is_a_plain_loop_to_the_example(taught, plain_hellaswag, tmp_p
     assert result["examples"] == 50
     assert result["acc"] == np.mean(np.equal(by_sum, labels))
     assert result["acc_norm"] == np.mean(np.equal(by_mean, labels))
+
+
+def test_choices_take_the_first_of_equals():
+    scores = [Score(4.0, 2, False), Score(4.0, 2, False), Score(5.0, 3, False)]
+    assert evaluate.choices(scores) == (0, 2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 300])
@@ -670,8 +681,3 @@ def test_a_disk_that_refuses_the_download_is_exit_4(published, monkeypatch, tmp_
         assert cli("--task", "hellaswag") == 4
     assert "No space left" in capsys.readouterr().err
     assert list((tmp_path / "data/hellaswag").iterdir()) == []
-
-
-def test_choices_take_the_first_of_equals():
-    scores = [Score(4.0, 2, False), Score(4.0, 2, False), Score(5.0, 3, False)]
-    assert evaluate.choices(scores) == (0, 2)
