@@ -211,11 +211,12 @@ def window_logits(model, tokens, cache=None):
     windows = [row[context_start(len(row), limit) :] for row in tokens]
     lengths = [len(window) for window in windows]
     padded = [window + [0] * (max(lengths) - len(window)) for window in windows]
-    idx = torch.tensor(padded, device=next(model.parameters()).device)  # (B, T)
-    logits, _ = model(idx, cache=cache)  # (B, T, V)
+    device = next(model.parameters()).device
+    idx, ends = torch.tensor(padded, device=device), torch.tensor(lengths, device=device)  # (B, T)
+    logits, _ = model(idx, cache=cache, at=ends - 1)  # (B, 1, V)
     if cache is not None:
         cache.truncate(lengths)
-    return logits[range(len(lengths)), [length - 1 for length in lengths]]
+    return logits[:, 0]
 
 
 # ---------------------------------------------------------------- text

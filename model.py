@@ -16,6 +16,10 @@ import torch.nn.functional as F
 
 from config import GPT2Config
 
+# While it is multiplied, the output matrix gets rows up to a multiple of this, which tensor cores
+# want: 50,304 instead of 50,257.
+PADDING = {"cuda": 64}
+
 
 class CausalSelfAttention(nn.Module):
     """Each position looks at itself and at what came before, n_head ways at once."""
@@ -161,10 +165,11 @@ class GPT2(nn.Module):
                 std = residual_std if name.endswith("c_proj.weight") else 0.02
                 nn.init.normal_(parameter, mean=0.0, std=std)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, at=None):
         """Logits (B, T, V) and the loss: mean cross-entropy in nats over targets that are not -1.
 
-        idx and targets are int64 (B, T). With a cache, idx are the tokens that follow those in it;
+        idx and targets are int64 (B, T). at, int64 (B,), asks for the logits of one token of each
+        row alone: (B, 1, V). With a cache, idx are the tokens that follow those in it;
         the cache takes them up. Raises ValueError where T > block_size, positions are learned and
         there is no cache.
         """
@@ -181,9 +186,11 @@ class GPT2(nn.Module):
         x, mask, angles = self.embed(idx, positions, mask, T if cache is None else cache.seen)
         for block in self.transformer.h:
             x = block(x, mask, angles, cache)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         if cache is not None:
             cache.end()
+        if at is not None:
+            x = x[torch.arange(len(x), device=x.device), at][:, None]  # (B, 1, C)
+        logits = self.logits(self.transformer.ln_f(x))  # (B, T, V)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
     def embed(self, idx, positions, mask, seen):
@@ -197,6 +204,14 @@ class GPT2(nn.Module):
         else:
             mask = distance_penalty(positions, seen, config.n_head)
         return self.transformer.drop(x), mask, angles
+
+    def logits(self, x):
+        """(B, T, V) from (B, T, C); rows added to the output matrix for speed are cut off again."""
+        V, multiple = self.config.vocab_size, PADDING.get(x.device.type, 1)
+        if V % multiple == 0:
+            return self.lm_head(x)
+        weight = F.pad(self.lm_head.weight, (0, 0, 0, -V % multiple))
+        return F.linear(x, weight)[..., :V]
 
     def _slide(self, idx, cache):
         """Logits for tokens that do not fit: a full row starts again from its last half.

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_file
 from config import GPT2_CONFIGS, GPT2Config, apply_preset
 from model import GPT2, KVCache, context_limit, context_start
 
@@ -76,6 +77,32 @@ def test_future_never_changes_past_logits(position):
         changed = idx.clone()
         changed[:, t:] = torch.randint(50, (2, 16 - t))
         assert torch.equal(model(changed)[0][:, :t], before[:, :t])
+
+
+def test_padding_the_vocabulary_changes_nothing_that_can_be_seen(monkeypatch):
+    model, idx = small(), torch.randint(50, (2, 16))
+
+    def results():
+        model.zero_grad()
+        logits, loss = model(idx, idx.roll(-1, 1))
+        loss.backward()
+        return logits, [p.grad for p in model.parameters()], model.num_params()
+
+    logits, gradients, size = results()
+    monkeypatch.setitem(model_file.PADDING, "cpu", 64)
+    padded, padded_gradients, padded_size = results()
+    assert padded.shape == logits.shape and padded_size == size
+    assert (padded - logits).abs().max() < 1e-12
+    pairs = zip(gradients, padded_gradients, strict=True)
+    assert max((one - other).abs().max().item() for one, other in pairs) < 1e-12
+
+
+def test_logits_of_one_token_a_row_are_those_of_all():
+    model, idx = small(), torch.randint(50, (3, 16))
+    at = torch.tensor([15, 0, 7])
+    some, _ = model(idx, at=at)
+    assert some.shape == (3, 1, 50)
+    assert (some[:, 0] - model(idx)[0][torch.arange(3), at]).abs().max() < 1e-12
 
 
 def test_targets_of_minus_one_do_not_count():
