@@ -161,13 +161,13 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
     device = next(model.parameters()).device
     uniform = uniform_numbers(sampling.seed, samples or [0] * len(tokens), device)
     cache = new_cache(model, len(tokens)) if use_cache else None
-    ended, new = [False] * len(tokens), None
+    ended, new, next_logits = [False] * len(tokens), None, None
     for step in range(sampling.max_new_tokens):
-        if cache is not None and step > 0:
-            with fit_for_rows(len(tokens), device):
-                logits = model(new[:, None], cache=cache)[0][:, -1]  # (B, V)
-        else:
+        if cache is None or step == 0:
             logits = window_logits(model, tokens, cache)  # (B, V)
+        else:
+            next_logits = next_logits or decoder(model, cache)
+            logits = next_logits(new)  # (B, V)
         new = sample(logits, next(uniform), sampling.temperature, sampling.top_k, sampling.top_p)
         ids = new.tolist()
         for row, token in enumerate(ids):
@@ -176,6 +176,55 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
         yield [None if over else token for token, over in zip(ids, ended, strict=True)]
         if all(ended):
             return
+
+
+def decoder(model, cache):
+    """A function from the newest tokens (B,), which the cache takes up, to logits (B, V)."""
+    device = cache.idx.device
+
+    def decode(new):
+        with fit_for_rows(len(new), device):
+            return model(new[:, None], cache=cache)[0][:, -1]
+
+    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+        return decode
+    return GraphedDecoder(decode, cache)
+
+
+class GraphedDecoder:
+    """A decoding step as one CUDA graph: the GPU starts its hundreds of small kernels by itself,
+    instead of waiting for Python before each. Where a row is full, the plain step slides it.
+    """
+
+    def __init__(self, decode, cache):
+        self.decode, self.cache = decode, cache
+        self.graph, self.room = None, cache.idx.shape[1]
+
+    def __call__(self, new):
+        if not self.cache.has_room(1) or max(self.cache.lengths) + 1 > self.room:
+            return self.decode(new)
+        if self.graph is None:
+            self._record(new)
+        self.new.copy_(new)
+        self.graph.replay()
+        self.cache.lengths = [length + 1 for length in self.cache.lengths]
+        return self.logits
+
+    def _record(self, new):
+        """Run the step twice, which sets libraries up, then record it; its traces are overwritten."""
+        self.cache.hold_still()
+        self.new, lengths = new.clone(), list(self.cache.lengths)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                self.decode(self.new)
+                self.cache.truncate(lengths)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.decode(self.new)
+        self.cache.truncate(lengths)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from config import GPT2Config
 # While it is multiplied, the output matrix gets rows up to a multiple of this, which tensor cores
 # want: 50,304 instead of 50,257.
 PADDING = {"cuda": 64}
+FEW = 256  # tokens for which copying the matrix would cost more than it brings
 
 
 class CausalSelfAttention(nn.Module):
@@ -208,7 +209,7 @@ class GPT2(nn.Module):
     def logits(self, x):
         """(B, T, V) from (B, T, C); rows added to the output matrix for speed are cut off again."""
         V, multiple = self.config.vocab_size, PADDING.get(x.device.type, 1)
-        if V % multiple == 0:
+        if V % multiple == 0 or x[..., 0].numel() < FEW:
             return self.lm_head(x)
         weight = F.pad(self.lm_head.weight, (0, 0, 0, -V % multiple))
         return F.linear(x, weight)[..., :V]
@@ -290,6 +291,13 @@ class KVCache:
         self.idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64, device=device)
         self.kept = None  # tokens with which a row that was full starts again
         self.lengths = [0] * batch_size  # on the host: reading them never waits for the device
+        self.positions = None  # see hold_still
+
+    def hold_still(self):
+        """From now on a step of one token has the same shapes at every length, as a CUDA graph
+        needs: lengths are kept on the device too, and all the room is looked at, under a mask.
+        """
+        self.positions = torch.tensor(self.lengths, device=self.idx.device)[:, None]  # (B, 1)
 
     def has_room(self, tokens: int) -> bool:
         return self.limit is None or max(self.lengths) + tokens <= self.limit
@@ -298,25 +306,34 @@ class KVCache:
         """Forget what each row holds beyond its length: the padding of shorter prompts."""
         assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.lengths = list(lengths)
+        self._tell_device()
+
+    def _tell_device(self):
+        if self.positions is not None:
+            self.positions.copy_(torch.tensor(self.lengths)[:, None])
 
     def begin(self, idx):
         """Make room for idx (B, T). Their positions (T,), or (B, T) where rows differ in length,
         and the mask (1 or B, 1, T, S) where the one for tokens that come first would not do.
         """
         T, device = idx.shape[1], idx.device
-        first = self.lengths[0]
+        first, still = self.lengths[0], self.positions is not None and T == 1
         self.new, self.seen = T, max(self.lengths) + T
-        self.ragged = any(length != first for length in self.lengths)
+        self.ragged = still or any(length != first for length in self.lengths)
         self._grow()
-        if self.ragged:
+        if still:
+            self.seen, positions = self.idx.shape[1], self.positions  # (B, 1)
+        elif self.ragged:
             starts = torch.tensor(self.lengths, device=device)
             positions = starts[:, None] + torch.arange(T, device=device)  # (B, T)
+        else:
+            positions = torch.arange(first, first + T, device=device)  # (T,)
+        self._positions, mask = positions, None
+        if self.ragged:
             self._rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
             self.idx[self._rows, positions] = idx
         else:
-            positions = torch.arange(first, first + T, device=device)  # (T,)
             self.idx[:, first : first + T] = idx
-        self._positions, mask = positions, None
         if self.ragged or (first > 0 and T > 1):
             seen = torch.arange(self.seen, device=device)  # (S,)
             mask = (seen <= positions[..., None]).view(-1, 1, T, self.seen)
@@ -346,6 +363,8 @@ class KVCache:
     def end(self):
         """All layers have taken up the new tokens."""
         self.lengths = [length + self.new for length in self.lengths]
+        if self.positions is not None:
+            self.positions += self.new
 
     def rows(self, rows: list[int], start_again: bool) -> "KVCache":
         """A cache of some rows: as they are, or empty with the tokens to start again from."""
@@ -355,6 +374,7 @@ class KVCache:
         half = max(1, self.block_size // 2)
         first = self.block_size + 1 - half if start_again else self.block_size
         part.kept = part.idx[:, first:]
+        part.positions = None
         part.lengths = [0 if start_again else self.lengths[row] for row in rows]
         return part
 
@@ -363,3 +383,4 @@ class KVCache:
         self.kv[:, :, rows], self.idx[rows] = part.kv, part.idx
         for row, length in zip(rows, part.lengths, strict=True):
             self.lengths[row] = length
+        self._tell_device()

@@ -160,6 +160,38 @@ def test_cached_is_uncached_and_a_row_is_its_prompt_alone_past_block_size(temper
     assert cached == [columns(model, [prompt], sampling)[0] for prompt in PROMPTS]
 
 
+class ReplayedOnACPU(generate.GraphedDecoder):
+    """The step that a CUDA graph would repeat, called instead."""
+
+    def _record(self, new):
+        self.cache.hold_still()
+        self.new, self.graph = new.clone(), self
+
+    def replay(self):
+        before = list(self.cache.lengths)
+        self.logits = self.decode(self.new)
+        self.cache.lengths = before  # the host's numbers are no part of a graph
+
+
+@pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
+def test_the_step_of_a_graph_gives_the_same_text_past_block_size(monkeypatch, position):
+    model = tiny_model(len(ALPHABET), position=position).double()
+    expected = columns(model, PROMPTS, Sampling(60, 0.9))
+    plain = generate.decoder
+    steps = lambda model, cache: ReplayedOnACPU(plain(model, cache), cache)  # noqa: E731
+    monkeypatch.setattr(generate, "decoder", steps)
+    assert columns(model, PROMPTS, Sampling(60, 0.9)) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_graph_gives_the_text_of_plain_steps(monkeypatch):
+    model = tiny_model(len(ALPHABET)).double().cuda()
+    graphed = columns(model, PROMPTS, Sampling(60, 0.9))
+    monkeypatch.setattr(generate, "GraphedDecoder", lambda decode, cache: decode)
+    assert columns(model, PROMPTS, Sampling(60, 0.9)) == graphed
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 3])
 def test_the_shortest_contexts_agree_too(block_size):
     model = tiny_model(30, block_size).double()
