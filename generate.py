@@ -211,7 +211,7 @@ class GraphedDecoder:
         return self.logits
 
     def _record(self, new):
-        """Run the step twice, which sets libraries up, then record it; its traces are overwritten."""
+        """Record the step, after two runs that set libraries up; what they wrote is overwritten."""
         self.cache.hold_still()
         self.new, lengths = new.clone(), list(self.cache.lengths)
         aside = torch.cuda.Stream()
