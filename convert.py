@@ -84,7 +84,8 @@ HUB_FILES = [
     *TOKENIZER_FILES,
     *OTHER_TOKENIZERS,
 ]
-NANOGPT_PADDED = 50304  # its vocabulary for GPT-2's tokens: 47 rows that no text uses
+GPT2_SIZE = 50257  # of its vocabulary
+NANOGPT_PADDED = 50304  # the same in nanoGPT, with 47 rows that no text uses
 GPT2_TOKENS = "0ffec638c558c04f8109a85e6f929045ccc4dfd3c19dacd20700b60cef5b5575"  # their sha256
 
 # Plain English, so that a model of English which was read rightly does far better than guessing.
@@ -110,7 +111,10 @@ def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
     """
     device, _ = pick_device(None if device is None else str(device))
     dtype = _checked_dtype(dtype, device)
-    state, name = load_state(spec)
+    try:
+        state, name = load_state(spec)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --checkpoint PATH names another") from error
     config = checkpoint.model_config(state)
     tokenizer = _tokenizer(state, config, name)
     if tokenizer is None and need_tokenizer:
@@ -131,13 +135,15 @@ def load_state(spec=None) -> tuple[dict, str]:
     path = find_default() if spec is None else Path(spec)
     if path.is_dir():
         return read_hf(path, str(path)), str(path)
-    repo = None if path.is_file() else hub_name(str(spec))
-    if repo is not None:
-        return read_hf(download(repo), repo), repo
-    try:
+    if path.is_file():
         return checkpoint.load(path), str(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; --checkpoint PATH names another") from error
+    repo = hub_name(str(spec))
+    if repo is None:
+        raise CheckpointError(
+            f"{spec}: no such file or folder, nor a name on the hub (gpt2, org/name); "
+            "`python train.py` makes checkpoints"
+        )
+    return read_hf(download(repo), repo), repo
 
 
 def find_default() -> Path:
@@ -146,9 +152,7 @@ def find_default() -> Path:
     for name in (checkpoint.BEST, checkpoint.LATEST):
         if (folder / name).is_file():
             return folder / name
-    raise CheckpointError(
-        f"no checkpoint in {folder}: `python train.py` makes one, --checkpoint PATH names another"
-    )
+    raise CheckpointError(f"no checkpoint in {folder}: `python train.py` makes one")
 
 
 def build(state: dict, config: GPT2Config) -> GPT2:
@@ -244,26 +248,29 @@ def tensors_of(found: dict, config: GPT2Config, name: str, transposed: bool) -> 
     lines = [f"no tensor {key}" for key in shapes if key not in found]
     lines += [f"{key} is no part of a GPT-2" for key in found if key not in shapes]
     tensors = {}
-    for key in shapes.keys() & found.keys():
-        tensor = found[key]
-        lines += _tensor_problems(key, tensor)
+    for key in (key for key in shapes if key in found):
         flip = transposed and TENSORS[re.sub(r"\.\d+\.", ".*.", key)]
-        tensors[key] = tensor.t().contiguous() if flip and tensor.ndim == 2 else tensor
-        if tensors[key].shape != shapes[key]:
-            wanted = tuple(shapes[key])[:: -1 if flip else 1]
-            lines.append(f"{key} is {tuple(tensor.shape)}, the config makes it {wanted}")
-    if not lines and head is not None and not torch.equal(head, tensors[EMBEDDING]):
+        shape = tuple(shapes[key])[:: -1 if flip else 1]  # in the file
+        lines += _tensor_problems(key, found[key], shape)
+        tensors[key] = found[key].t().contiguous() if flip and not lines else found[key]
+    if (
+        not lines
+        and head is not None
+        and not torch.equal(head.to(tensors[EMBEDDING]), tensors[EMBEDDING])
+    ):
         lines.append(f"{HEAD} differs from {EMBEDDING}: the head is not tied")
     if lines:
         raise ValueError("\n".join(f"{name}: {line}" for line in _few(lines)))
     return tensors | {HEAD: tensors[EMBEDDING]}
 
 
-def _tensor_problems(key, tensor):
+def _tensor_problems(key, tensor, shape):
     try:
         checkpoint.check_tensor(key, tensor)
     except ValueError as error:
         return [str(error)]
+    if tensor.shape != shape:
+        return [f"{key} is {tuple(tensor.shape)}, the config makes it {shape}"]
     return [] if tensor.is_floating_point() else [f"{key} is {tensor.dtype}"]
 
 
@@ -301,7 +308,7 @@ def config_from_hf(fields: dict, name: str) -> GPT2Config:
     ]
     if str(activation) not in GELU:
         lines.append(f"activation_function {activation!r}, only {', '.join(GELU)} can be converted")
-    if inner is not None and inner != 4 * sizes["n_embd"]:
+    if inner is not None and str(inner) != str(4 * (sizes["n_embd"] or 0)):
         lines.append(f"n_inner {inner!r}, only 4 x n_embd can be converted")
     gelu = GELU.get(str(activation), "tanh")
     config = GPT2Config(**sizes, bias=True, position="learned", gelu=gelu)
@@ -346,9 +353,10 @@ def _weight_files(folder, name):
             "opened and is never read. Who trusts it can rewrite it with transformers: "
             "GPT2LMHeadModel.from_pretrained(NAME).save_pretrained(DIR)"
         )
-    shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    if any(Path(shard).name != shard for shard in shards):
-        raise ValueError(f"{name}: {index.name} names files outside the folder")
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or any(Path(str(s)).name != s for s in shards.values()):
+        raise ValueError(f"{name}: {index.name} does not name files of the folder")
+    shards = sorted(set(shards.values()))
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise ValueError(f"{name}: {', '.join(missing)} of {index.name} is missing")
     return [folder / shard for shard in shards]
@@ -418,14 +426,14 @@ def to_hf(spec, folder):
     state, name = load_state(spec)
     config = checkpoint.model_config(state)
     tokenizer = _tokenizer(state, config, name)
-    tensors = tensors_to_hf(state["model"], config)
-    files = {"config.json": config_to_hf(config, tokenizer, tensors[EMBEDDING].dtype)}
+    model = build(state, config)
+    files = {"config.json": config_to_hf(config, tokenizer, model.lm_head.weight.dtype)}
     eot_id = None if tokenizer is None else tokenizer.eot_id
     files["generation_config.json"] = {"bos_token_id": eot_id, "eos_token_id": eot_id}
     if tokenizer is not None:
         files["tokenizer.json"] = tokenizer_to_hf(tokenizer)
         files["tokenizer_config.json"] = _tokenizer_settings(tokenizer, config)
-    _write_folder(folder, tensors, files)
+    _write_folder(folder, tensors_to_hf(model.state_dict(), config), files)
     log(f"wrote      {folder}: {', '.join(['model.safetensors', *files])}")
 
 
@@ -437,6 +445,7 @@ def config_to_hf(config: GPT2Config, tokenizer, dtype) -> dict:
         )
     eot_id = None if tokenizer is None else tokenizer.eot_id
     fields = ALIKE | {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
+    fields["n_ctx"] = config.block_size  # an older name, which llama.cpp's converter reads
     fields["activation_function"] = "gelu_new" if config.gelu == "tanh" else "gelu"
     fields |= {"architectures": ["GPT2LMHeadModel"], "dtype": dtype_name(dtype), "n_inner": None}
     fields |= {f"{part}_pdrop": config.dropout for part in ("attn", "embd", "resid")}
@@ -470,7 +479,7 @@ def _write_folder(folder, tensors, files):
             (aside / name).write_text(text, "utf-8", newline="\n")
         shutil.copymode(aside / "config.json", aside / "model.safetensors")  # it comes out private
         for path in aside.iterdir():
-            with open(path, "rb") as file:
+            with open(path, "r+b") as file:
                 os.fsync(file.fileno())
         if folder.exists():
             folder.rmdir()  # it is empty; Windows would not replace it
@@ -535,7 +544,7 @@ def read_hf_tokenizer(folder: Path, vocab_size: int):
     Without any tokenizer files a vocabulary of 50,257 is taken for GPT-2's.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES + OTHER_TOKENIZERS):
-        return GPT2Tokenizer() if vocab_size == 50257 else None
+        return GPT2Tokenizer() if vocab_size == GPT2_SIZE else None
     try:
         return tokenizer_from_hf(*_tokenizer_files(folder), vocab_size)
     except ValueError as error:
@@ -560,7 +569,8 @@ def _tokenizer_files(folder):
             more = _read_json(added) if added.is_file() else {}
             made.add_special_tokens([END_OF_TEXT, *sorted(more, key=more.get)])
     except Exception as error:  # the library raises nothing more special
-        raise ValueError(f"no tokenizer.json, or vocab.json and merges.txt ({error})") from None
+        problem = f"no readable tokenizer.json, nor vocab.json and merges.txt ({error})"
+        raise ValueError(problem) from None
     return json.loads(made.to_str()), settings
 
 
@@ -602,7 +612,7 @@ def _guess(found, settings, vocab_size):
     special |= {f"<|unused {i}|>": i for i in sorted(unused)}
     spelt = " ".join(tokens)
     is_gpt2 = hashlib.sha256(spelt.encode()).hexdigest() == GPT2_TOKENS
-    if is_gpt2 and special == {END_OF_TEXT: 50256}:
+    if is_gpt2 and special == {END_OF_TEXT: GPT2_SIZE - 1}:
         return GPT2Tokenizer(tokens)
     eot = settings.get("eos_token", END_OF_TEXT)
     eot = eot.get("content") if isinstance(eot, dict) else eot
@@ -643,13 +653,16 @@ def read_nanogpt(path, tokenizer=None, gelu="exact") -> dict:
         raise ValueError("\n".join(f"{path}: {line.removeprefix('--')}" for line in lines))
     tensors = {key.removeprefix("_orig_mod."): t for key, t in found["model"].items()}
     tensors = tensors_of(tensors, config, str(path), transposed=False)
-    if tokenizer is None and config.vocab_size in (50257, NANOGPT_PADDED):
+    if tokenizer is None and config.vocab_size in (GPT2_SIZE, NANOGPT_PADDED):
         tokenizer = GPT2Tokenizer()
-    if tokenizer is not None and config.vocab_size == NANOGPT_PADDED != tokenizer.vocab_size:
-        log(f"trimmed    the vocabulary from {NANOGPT_PADDED:,} to {tokenizer.vocab_size:,} tokens")
-        config.vocab_size = tokenizer.vocab_size
-        tensors[HEAD] = tensors[EMBEDDING] = tensors[EMBEDDING][: config.vocab_size].clone()
-    if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
+    if tokenizer is None:
+        log("tokenizer  not known: --tokenizer FILE names the tokenizer.json of the data set")
+        return new_state(config, tensors, None)
+    if tokenizer.vocab_size == GPT2_SIZE and config.vocab_size == NANOGPT_PADDED:
+        log(f"trimmed    the vocabulary from {NANOGPT_PADDED:,} to {GPT2_SIZE:,} tokens")
+        config.vocab_size = GPT2_SIZE
+        tensors[HEAD] = tensors[EMBEDDING] = tensors[EMBEDDING][:GPT2_SIZE].clone()
+    if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens, {path} {config.vocab_size:,}"
         )
@@ -658,7 +671,7 @@ def read_nanogpt(path, tokenizer=None, gelu="exact") -> dict:
 
 def _check_nanogpt(found):
     parts = [found.get(key) if isinstance(found, dict) else None for key in ("model", "model_args")]
-    if not all(isinstance(part, dict) for part in parts):
+    if not all(isinstance(part, dict) and all(type(key) is str for key in part) for part in parts):
         raise ValueError("no checkpoint of nanoGPT, which has 'model' and 'model_args'")
 
 

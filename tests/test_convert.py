@@ -32,6 +32,11 @@ transformers = pytest.importorskip("transformers")
 CHINESE = "今天天气很好，我们去公园散步。" * 20
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def cli(*arguments):
     return run(main, [str(argument) for argument in arguments])
 
@@ -90,7 +95,7 @@ def difference(one, other):
 # ---------------------------------------------------------------- Hugging Face's models
 
 POSITIONS = [8, 9, 16, 31, 64, 100, 128, 200, 256, 512, 1024]
-VOCABULARIES = [100, 257, 1000, 5000, 50256, 50257]
+VOCABULARIES = [100, 257, 1000, 5000, 20000, 50256, 50257]
 
 
 def greedy_theirs(model, prompt, steps=50):
@@ -245,7 +250,7 @@ def test_no_pickle_is_opened_and_no_index_leads_outside(tmp_path, capsys):
     path.rename(folder / "pytorch_model.bin")
     assert cli("from_hf", folder, tmp_path / "out.pt") == 2
     assert "a pickle (pytorch_model.bin) may run code" in capsys.readouterr().err
-    for shard, problem in (("../x.safetensors", "outside"), ("x.safetensors", "is missing")):
+    for shard, problem in (("../x", "does not name files"), ("x.safetensors", "is missing")):
         change(folder, "model.safetensors.index.json", weight_map={"wte.weight": shard})
         assert cli("from_hf", folder, tmp_path / "out.pt") == 2
         assert problem in capsys.readouterr().err
@@ -417,16 +422,36 @@ def test_gpt2s_own_vocabulary_is_known_in_both_spellings(tmp_path, gpt2_vocabula
     gpt2, model = GPT2Tokenizer(), theirs(vocab_size=50257, n_embd=6)
     assert hashlib.sha256(" ".join(gpt2.tokens).encode()).hexdigest() == convert.GPT2_TOKENS
     model.save_pretrained(tmp_path / "none")
+    model.save_pretrained(tmp_path / "one")
+    old = convert.tokenizer_to_hf(gpt2)  # as openai-community has it: made by an early version
+    old["model"]["merges"] = [f"{a} {b}" for a, b in old["model"]["merges"]]
+    del old["model"]["type"], old["pre_tokenizer"]["use_regex"]
+    old["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    (tmp_path / "one" / "tokenizer.json").write_text(json.dumps(old))
     model.save_pretrained(tmp_path / "two")
     (tmp_path / "two" / "vocab.json").write_text(json.dumps(gpt2.id_of | gpt2.special))
     merges = "".join(f"{a} {b}\n" for a, b in gpt2.merges())
     (tmp_path / "two" / "merges.txt").write_text(f"#version: 0.2\n{merges}", "utf-8")
-    for folder in ("none", "two"):
+    for folder in ("none", "one", "two"):
         tokenizer = load_model(tmp_path / folder, "cpu")[1]
         assert tokenizer.kind == "gpt2" and tokenizer.hash() == gpt2.hash()
         assert "gpt2 tokenizer (50,257 tokens)" in capsys.readouterr().err
     theirs_now = transformers.GPT2Tokenizer.from_pretrained(tmp_path / "two")
     assert theirs_now("Hello  wörld 你好\n")["input_ids"] == gpt2.encode("Hello  wörld 你好\n")
+
+
+def test_a_vocabulary_without_special_tokens_has_no_end_of_text(tmp_path):
+    hf_folder(tmp_path / "hf", trained_elsewhere([]))
+    _, tokenizer = load_model(tmp_path / "hf", "cpu")
+    assert tokenizer.eot_id is None and tokenizer.vocab_size == 400
+    assert load_tokenizer(tokenizer.to_dict()).to_dict() == tokenizer.to_dict()
+
+
+@pytest.mark.parametrize("special", [[], {"<s>": "0"}, {"<s>": 258}, {"<s>": -1}, {"a": 0, "b": 0}])
+def test_bad_input_as_special_tokens_is_refused(special):
+    fields = BPETokenizer(SYMBOLS).to_dict() | {"special": special, "eot": None}
+    with pytest.raises(ValueError, match="'special'"):
+        load_tokenizer(fields)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +464,7 @@ def test_gpt2s_own_vocabulary_is_known_in_both_spellings(tmp_path, gpt2_vocabula
         ("order", "its merges cannot be had here"),
         ("added", "it looks for 'fox' in every text"),
         ("unigram", "its model is Unigram"),
-        ("vocab.txt", "no tokenizer.json"),
+        ("vocab.txt", "no readable tokenizer.json"),
         ("model", "the model 300"),
     ],
 )
@@ -568,8 +593,8 @@ def test_a_nanogpt_vocabulary_that_is_padded_is_trimmed(tmp_path, gpt2_vocabular
         tokenizer.kind == "gpt2"
         and model.num_params() == sum(t.numel() for t in w.values()) - 50304 * 24 - 47 * 24
     )
-    size = (tmp_path / "out.pt").stat().st_size
-    assert size < (tmp_path / "ckpt.pt").stat().st_size - 40 * 24 * 4
+    wte = checkpoint.load(tmp_path / "out.pt")["model"]["transformer.wte.weight"]
+    assert wte.untyped_storage().nbytes() == 50257 * 24 * 4  # the padding is not in the file
 
 
 def test_a_nanogpt_checkpoint_without_a_tokenizer_or_with_a_wrong_one(tmp_path, capsys):
