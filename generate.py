@@ -198,7 +198,7 @@ class GraphedDecoder:
 
     def __init__(self, decode, cache):
         self.decode, self.cache = decode, cache
-        self.graph, self.room = None, cache.idx.shape[1]
+        self.graph, self.room = None, cache.block_size
 
     def __call__(self, new):
         if not self.cache.has_room(1) or max(self.cache.lengths) + 1 > self.room:

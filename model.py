@@ -220,6 +220,7 @@ class GPT2(nn.Module):
         Token by token, because each row slides at its own time.
         """
         logits = []
+        cache.make_room(cache.block_size)
         for token in idx.split(1, dim=1):  # (B, 1)
             full = [row for row, length in enumerate(cache.lengths) if length == cache.block_size]
             rest = [row for row in range(len(cache.lengths)) if row not in full]
@@ -275,6 +276,9 @@ def context_start(length: int, limit: int | None) -> int:
     return length - half - (length - limit - 1) % (limit - half + 1)
 
 
+FIRST_ROOM = 128  # tokens; clearing room for all of block_size takes as long as several steps
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, passed to GPT2.forward, which fills it.
 
@@ -286,9 +290,10 @@ class KVCache:
         self.config, self.block_size = config, config.block_size
         self.limit = context_limit(config)
         head_size = config.n_embd // config.n_head
-        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, head_size)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (L, 2, B, H, block_size, D)
-        self.idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64, device=device)
+        room = min(config.block_size, FIRST_ROOM)
+        shape = (config.n_layer, 2, batch_size, config.n_head, room, head_size)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (L, 2, B, H, room, D)
+        self.idx = torch.zeros(batch_size, room, dtype=torch.int64, device=device)
         self.kept = None  # tokens with which a row that was full starts again
         self.lengths = [0] * batch_size  # on the host: reading them never waits for the device
         self.positions = None  # see hold_still
@@ -297,6 +302,7 @@ class KVCache:
         """From now on a step of one token has the same shapes at every length, as a CUDA graph
         needs: lengths are kept on the device too, and all the room is looked at, under a mask.
         """
+        self.make_room(self.block_size)
         self.positions = torch.tensor(self.lengths, device=self.idx.device)[:, None]  # (B, 1)
 
     def has_room(self, tokens: int) -> bool:
@@ -320,7 +326,7 @@ class KVCache:
         first, still = self.lengths[0], self.positions is not None and T == 1
         self.new, self.seen = T, max(self.lengths) + T
         self.ragged = still or any(length != first for length in self.lengths)
-        self._grow()
+        self.make_room(self.seen)
         if still:
             self.seen, positions = self.idx.shape[1], self.positions  # (B, 1)
         elif self.ragged:
@@ -339,11 +345,12 @@ class KVCache:
             mask = (seen <= positions[..., None]).view(-1, 1, T, self.seen)
         return positions, mask
 
-    def _grow(self):
-        """Twice the room, where there is no limit and it has run out."""
+    def make_room(self, tokens):
+        """Room for so many; it doubles, so that each token is moved about once."""
         room = self.idx.shape[1]
-        if self.seen > room:
-            more = max(room, self.seen - room)
+        if tokens > room:
+            most = max(2 * room, tokens)
+            more = (most if self.limit is None else min(most, self.limit)) - room
             self.kv = F.pad(self.kv, (0, 0, 0, more))
             self.idx = F.pad(self.idx, (0, more))
 

@@ -216,13 +216,19 @@ def test_context_grows_to_block_size_and_starts_again_from_half(block_size):
         assert length - context_start(length, block_size) == seen
 
 
+@pytest.fixture(params=[1, 128])
+def first_room(request, monkeypatch):
+    """Caches that have to grow at once, and ones that need not."""
+    monkeypatch.setattr(model_file, "FIRST_ROOM", request.param)
+
+
 def limit_of(model):
     return context_limit(model.config)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 16])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_cached_logits_equal_uncached_across_block_size(block_size, position):
+def test_cached_logits_equal_uncached_across_block_size(block_size, position, first_room):
     model = small(block_size=block_size, position=position)
     idx, cache = torch.randint(50, (3, 60)), KVCache(model.config, 3, dtype=torch.float64)
     for n in range(1, 61):
@@ -234,7 +240,7 @@ def test_cached_logits_equal_uncached_across_block_size(block_size, position):
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-def test_cached_prompt_in_pieces_equals_uncached(position):
+def test_cached_prompt_in_pieces_equals_uncached(position, first_room):
     model = small(position=position)
     idx, cache = torch.randint(50, (2, 40)), KVCache(model.config, 2, dtype=torch.float64)
     pieces = [model(part, cache=cache)[0] for part in idx.split([5, 8, 20, 7], dim=1)]
@@ -246,7 +252,7 @@ def test_cached_prompt_in_pieces_equals_uncached(position):
 
 @pytest.mark.parametrize("still", [False, True])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_a_row_of_unequal_length_is_as_if_alone(position, still):
+def test_a_row_of_unequal_length_is_as_if_alone(position, still, first_room):
     model, lengths = small(position=position), [3, 10, 7]
     idx, cache = torch.randint(50, (3, 60)), KVCache(model.config, 3, dtype=torch.float64)
     model(idx[:, :10], cache=cache)
