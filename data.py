@@ -11,6 +11,7 @@ them), tokenizer.json, and meta.json. meta.json is written last: a folder withou
 import contextlib
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -192,6 +193,34 @@ def windows_at(tokens, starts, block_size, vocab_size=None):
     return window[:, :-1], window[:, 1:]  # (B, T), (B, T)
 
 
+class Permutation:
+    """A seeded permutation of range(n) that keeps some sqrt(n) numbers, not n of them.
+
+    The numbers stand in rows and columns; in turn each column is rotated by a random amount and
+    each row is: a Feistel network (Luby and Rackoff 1988) of two sizes. The last row may reach
+    beyond n: whatever lands there goes through once more (Black and Rogaway 2002, both).
+    """
+
+    def __init__(self, n: int, generator: np.random.Generator, rounds: int = 4):
+        self.n = n
+        self.rows = math.isqrt(n - 1) + 1
+        self.columns = -(-n // self.rows)
+        sizes = [(self.rows, self.columns), (self.columns, self.rows)] * rounds
+        self.rotations = [generator.integers(below, size=size) for below, size in sizes]
+
+    def __call__(self, index: np.ndarray) -> np.ndarray:
+        """Where the numbers index (N,) go, (N,)."""
+        row, column = np.divmod(index, self.columns)
+        for of_column, of_row in zip(self.rotations[::2], self.rotations[1::2], strict=True):
+            row = (row + of_column[column]) % self.rows
+            column = (column + of_row[row]) % self.columns
+        index = row * self.columns + column
+        beyond = index >= self.n
+        if beyond.any():
+            index[beyond] = self(index[beyond])
+        return index
+
+
 class BatchSampler:
     """Training batches as a pure function of (seed, step, micro-step), so that resuming needs only
     the step.
@@ -222,7 +251,7 @@ class BatchSampler:
         self.rank, self.world_size = rank, world_size
         # the same number of windows whatever an epoch's offset turns out to be
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
-        self._epochs = {}  # epoch -> (offset, order); the newest few
+        self._epochs = {}  # epoch -> (offset, permutation); the newest few
 
     def global_micro_step(self, micro_step: int) -> int:
         """This process's micro_step, counted over all processes."""
@@ -232,28 +261,28 @@ class BatchSampler:
         """Where in the split the windows of one micro-batch of this process begin."""
         position = step * self.accumulation + self.global_micro_step(micro_step)
         first = position * self.batch_size
-        return [self._start(index) for index in range(first, first + self.batch_size)]
+        indices = np.arange(first, first + self.batch_size)
+        epochs, windows = np.divmod(indices, self.windows_per_epoch)
+        starts = []
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            offset, permutation = self._epoch(epoch)
+            order = permutation(windows[epochs == epoch])
+            starts += (offset + order * self.block_size).tolist()
+        return starts
 
     def batch(self, step: int, micro_step: int = 0):
         """Inputs and targets of one micro-batch, int64 (batch_size, block_size) each."""
         starts = self.starts(step, micro_step)
         return windows_at(self.tokens, starts, self.block_size, self.vocab_size)
 
-    def _start(self, index):
-        epoch, window = divmod(index, self.windows_per_epoch)
-        offset, order = self._epoch(epoch)
-        return offset + int(order[window]) * self.block_size
-
     def _epoch(self, epoch):
         if epoch not in self._epochs:
             generator = np.random.default_rng([self.seed, epoch])
             slack = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
             offset = int(generator.integers(min(slack, self.block_size - 1) + 1))
-            order = np.arange(self.windows_per_epoch, dtype=np.uint32)
-            generator.shuffle(order)
             if len(self._epochs) >= 2:
                 self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = offset, order
+            self._epochs[epoch] = offset, Permutation(self.windows_per_epoch, generator)
         return self._epochs[epoch]
 
 
