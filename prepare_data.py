@@ -44,8 +44,7 @@ TIMEOUT, TRIES, PAUSE = 10, 3, 0.5  # of the download: seconds, number, seconds 
 
 ENDINGS = re.compile(r"\.(txt|md|jsonl)(\.gz)?$", re.IGNORECASE)
 CHUNK = 1 << 18  # bytes read at once, and about the characters encoded at once
-# characters; a word that is longer is cut, and its tokens with it. Below a million, where tiktoken
-# gives up on a run of spaces.
+# characters; a word that is longer is cut, and its tokens with it
 LONGEST = 1 << 19
 BPE_VOCAB_SIZE = 4096
 # what a BPE learns from: bytes of distinct words (training takes some 100 times as much memory),
