@@ -31,8 +31,9 @@ DOWNLOAD_SECONDS = 30  # for GPT-2's vocabulary, 1.5 MB; from tiktoken's cache i
 # looking ahead takes half the time.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+)|\s+"
 CUT = "\0"  # stands between the parts of a text while it is encoded
-SPACES = [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F]
-SPACES += [0x205F, 0x3000]  # all that \s matches: Unicode's White_Space
+# all that \s matches: Unicode's White_Space
+SPACES = [*range(9, 14), *range(0x2000, 0x200B)]
+SPACES = [*SPACES, 0x20, 0x85, 0xA0, 0x1680, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]
 IS_SPACE = np.isin(np.arange(0x3002), SPACES)  # the last place stands for all code points above
 
 # Where no word of WORDS can reach across, whatever comes later: before white space that follows a
