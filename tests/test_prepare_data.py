@@ -767,6 +767,37 @@ def test_hub_download_cut_short_and_killed_half_way_gives_the_undisturbed_data_s
         assert not (data_dir / ".unfinished").exists()
 
 
+def test_stopped_at_any_rename_a_preparation_of_documents_is_finished_by_the_next(
+    tmp_path, monkeypatch
+):
+    source = write(tmp_path / "a.parquet", parquet(documents(0, 50)))
+    flags = ("--input", source, "--tokenizer", "bpe", "--vocab_size", 300)
+    plain, renames = os.replace, []
+
+    def stop_at(n):
+        def replace(*paths):
+            renames.append(paths)
+            if len(renames) == n:
+                raise KeyboardInterrupt
+            plain(*paths)
+
+        renames.clear()
+        monkeypatch.setattr(os, "replace", replace)
+
+    stop_at(None)
+    assert prepare(*flags, "--data_dir", tmp_path / "whole") == 0
+    for n in range(1, len(renames) + 1):
+        data_dir = tmp_path / str(n)
+        stop_at(n)
+        assert prepare(*flags, "--data_dir", data_dir) == 130
+        assert_whole_or_absent(data_dir)
+        stop_at(None)
+        assert prepare(*flags, "--data_dir", data_dir) == 0
+        assert hashes(data_dir) == hashes(tmp_path / "whole")
+        assert not (data_dir / ".unfinished").exists()
+    assert n >= 8
+
+
 def gigabyte():
     """Four files of a quarter of a gigabyte of documents, the last of one row group."""
     base = (ROOT / "data" / "sonnets.txt").read_text("utf-8")
