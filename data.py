@@ -11,13 +11,17 @@ them), tokenizer.json, and meta.json. meta.json is written last: a folder withou
 import contextlib
 import hashlib
 import json
+import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 FORMAT = 1  # of meta.json; raised when an older reader would misread a newer data set
+UNFINISHED = ".unfinished"  # the folder, in that of the data set, where a long preparation grows
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -31,22 +35,76 @@ def write_dataset(data_dir, splits, tokenizer, sources=(), settings=None) -> dic
     Every file is first written aside; an earlier data set stays intact until all are on disk.
     Raises OSError with exit_code 4 where the disk refuses.
     """
-    data_dir = Path(data_dir)
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    dtype = DTYPES[dtype_for(tokenizer)]
+    with _written_aside(Path(data_dir)) as aside:
+        written = {
+            split: _write_tokens(aside(f"{split}.bin"), pieces, dtype)
+            for split, pieces in splits.items()
+        }
+        return _describe(aside, written, tokenizer, sources, settings)
+
+
+def adopt_dataset(data_dir, tokenizer, settings=None) -> dict:
+    """Make a data set of the train.bin and val.bin that are in data_dir already, ids of a BPE, and
+    return its meta. Each is read once and stays as it is; ValueError where it holds other ids.
+    """
+    data_dir, dtype = Path(data_dir), DTYPES[dtype_for(tokenizer)]
+    paths = {split: data_dir / f"{split}.bin" for split in ("train", "val")}
+    for path in paths.values():
+        size = path.stat().st_size
+        if size == 0 or size % dtype.itemsize:
+            raise ValueError(
+                f"{path}: {size:,} bytes are not tokens of {dtype.itemsize} bytes each"
+            )
+    splits = {split: _read_tokens(path, tokenizer, dtype) for split, path in paths.items()}
+    sources = [
+        {"name": path.name, "bytes": path.stat().st_size, "sha256": splits[split]["sha256"]}
+        for split, path in paths.items()
+    ]
+    with _written_aside(data_dir) as aside:
+        return _describe(aside, splits, tokenizer, sources, settings)
+
+
+def _read_tokens(path, tokenizer, dtype):
+    """What _write_tokens would have returned when writing path."""
+    digest, counts = hashlib.sha256(), np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    bar = tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None)
+    with open(path, "rb") as file, bar:
+        while raw := file.read(1 << 22):
+            ids = np.frombuffer(raw, dtype)
+            if ids.max() >= tokenizer.vocab_size:
+                place = np.argmax(ids >= tokenizer.vocab_size)
+                position = (file.tell() - len(raw)) // dtype.itemsize + place
+                raise ValueError(
+                    f"{path}: token id {ids[place]} at position {position} is not below "
+                    f"{tokenizer.vocab_size}, the size of {tokenizer.kind}'s vocabulary"
+                )
+            digest.update(raw)
+            counts += np.bincount(ids, minlength=len(counts))
+            bar.update(len(raw))
+    n_bytes = sum(
+        int(counts[i]) * len(tokenizer.decode_bytes([i])) for i in range(tokenizer.eot_id)
+    )
+    return {"tokens": int(counts.sum()), "bytes": n_bytes, "sha256": digest.hexdigest()}
+
+
+def dtype_for(tokenizer) -> str:
+    """The smallest of DTYPES that holds every id."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def _describe(aside, splits, tokenizer, sources, settings):
+    tokenizer.save(aside("tokenizer.json"))
     meta = {
         "format": FORMAT,
-        "dtype": dtype,
+        "dtype": dtype_for(tokenizer),
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.hash()},
-        "splits": {},
+        "splits": splits,
         "sources": list(sources),
         "settings": dict(settings or {}),
     }
-    with _written_aside(data_dir) as aside:
-        for split, pieces in splits.items():
-            meta["splits"][split] = _write_tokens(aside(f"{split}.bin"), pieces, DTYPES[dtype])
-        tokenizer.save(aside("tokenizer.json"))
-        aside("meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False), "utf-8")
+    aside("meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False), "utf-8")
     return meta
 
 
@@ -96,6 +154,90 @@ def _write_tokens(path, pieces, dtype):
             digest.update(raw)
             tokens, text_bytes = tokens + len(ids), text_bytes + n_bytes
     return {"tokens": tokens, "bytes": text_bytes, "sha256": digest.hexdigest()}
+
+
+class GrowingDataset:
+    """A data set that takes hours to write, in data_dir/.unfinished until `finish`.
+
+    progress, of read_progress or save_progress, is what the last `save` knew: `plan`, what is being
+    made, and `position`. What was appended after that, before a kill, is cut off.
+    """
+
+    def __init__(self, data_dir, dtype: str, progress: dict):
+        self.data_dir, self.folder = Path(data_dir), Path(data_dir) / UNFINISHED
+        self.dtype, self.files, self.digests = DTYPES[dtype], {}, {}
+        self.plan, self.position = progress["plan"], progress["position"]
+        self.splits = progress["splits"]
+        for split, counts in self.splits.items():
+            path, size = self.folder / f"{split}.bin", counts["tokens"] * self.dtype.itemsize
+            self.files[split] = open(path, "ab")
+            if path.stat().st_size < size:
+                raise ValueError(f"{path} has lost what was written; start anew with --overwrite")
+            self.files[split].truncate(size)
+            with open(path, "rb") as file:
+                self.digests[split] = hashlib.file_digest(file, "sha256")
+
+    def append(self, split: str, ids: np.ndarray, n_bytes: int):
+        """Add ids (N,), which stand for n_bytes of text."""
+        raw = np.ascontiguousarray(ids, dtype=self.dtype).tobytes()
+        self.files[split].write(raw)
+        self.digests[split].update(raw)
+        self.splits[split]["tokens"] += len(ids)
+        self.splits[split]["bytes"] += n_bytes
+
+    def save(self, position):
+        """Record that all up to position (anything JSON can hold) is on disk."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self.position = position
+        save_progress(self.data_dir, self.plan, position, self.splits)
+
+    def finish(self, tokenizer, sources, settings) -> dict:
+        """Make it the data set of data_dir, in place of an earlier one, and return its meta."""
+        for split, digest in self.digests.items():
+            self.splits[split]["sha256"] = digest.hexdigest()
+        self.close()
+        with _written_aside(self.folder) as aside:
+            meta = _describe(aside, self.splits, tokenizer, sources, settings)
+        finish_moving(self.data_dir)
+        return meta
+
+    def close(self):
+        for file in self.files.values():
+            file.close()
+
+
+def read_progress(data_dir) -> dict | None:
+    """The plan, the position and the counts of a GrowingDataset, None where there is none."""
+    path = Path(data_dir) / UNFINISHED / "progress.json"
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {path.parent}") from None
+
+
+def save_progress(data_dir, plan, position, splits=None) -> dict:
+    """What read_progress will read; without splits, the beginning."""
+    splits = splits or {split: {"tokens": 0, "bytes": 0} for split in ("train", "val")}
+    progress = {"plan": plan, "position": position, "splits": splits}
+    with _written_aside(Path(data_dir) / UNFINISHED) as aside:
+        aside("progress.json").write_text(json.dumps(progress), "utf-8")
+    return progress
+
+
+def finish_moving(data_dir):
+    """Move what is whole in .unfinished to its place; also where a kill has stopped this before."""
+    data_dir, folder = Path(data_dir), Path(data_dir) / UNFINISHED
+    if not (folder / "meta.json").exists():
+        return
+    for stale in (folder / "progress.json", data_dir / "meta.json"):
+        stale.unlink(missing_ok=True)
+    for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
+        if (folder / name).exists():
+            os.replace(folder / name, data_dir / name)
+    _fsync_folder(data_dir)
+    shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------- reading
@@ -192,6 +334,34 @@ def windows_at(tokens, starts, block_size, vocab_size=None):
     return window[:, :-1], window[:, 1:]  # (B, T), (B, T)
 
 
+class Permutation:
+    """A seeded permutation of range(n) that keeps some sqrt(n) numbers, not n of them.
+
+    The numbers stand in rows and columns; in turn each column is rotated by a random amount and
+    each row is: a Feistel network (Luby and Rackoff 1988) of two sizes. The last row may reach
+    beyond n: whatever lands there goes through once more (Black and Rogaway 2002, both).
+    """
+
+    def __init__(self, n: int, generator: np.random.Generator, rounds: int = 4):
+        self.n = n
+        self.rows = math.isqrt(n - 1) + 1
+        self.columns = -(-n // self.rows)
+        sizes = [(self.rows, self.columns), (self.columns, self.rows)] * rounds
+        self.rotations = [generator.integers(below, size=size) for below, size in sizes]
+
+    def __call__(self, index: np.ndarray) -> np.ndarray:
+        """Where the numbers index (N,) go, (N,)."""
+        row, column = np.divmod(index, self.columns)
+        for of_column, of_row in zip(self.rotations[::2], self.rotations[1::2], strict=True):
+            row = (row + of_column[column]) % self.rows
+            column = (column + of_row[row]) % self.columns
+        index = row * self.columns + column
+        beyond = index >= self.n
+        if beyond.any():
+            index[beyond] = self(index[beyond])
+        return index
+
+
 class BatchSampler:
     """Training batches as a pure function of (seed, step, micro-step), so that resuming needs only
     the step.
@@ -222,7 +392,7 @@ class BatchSampler:
         self.rank, self.world_size = rank, world_size
         # the same number of windows whatever an epoch's offset turns out to be
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
-        self._epochs = {}  # epoch -> (offset, order); the newest few
+        self._epochs = {}  # epoch -> (offset, permutation); the newest few
 
     def global_micro_step(self, micro_step: int) -> int:
         """This process's micro_step, counted over all processes."""
@@ -232,28 +402,28 @@ class BatchSampler:
         """Where in the split the windows of one micro-batch of this process begin."""
         position = step * self.accumulation + self.global_micro_step(micro_step)
         first = position * self.batch_size
-        return [self._start(index) for index in range(first, first + self.batch_size)]
+        indices = np.arange(first, first + self.batch_size)
+        epochs, windows = np.divmod(indices, self.windows_per_epoch)
+        starts = []
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            offset, permutation = self._epoch(epoch)
+            order = permutation(windows[epochs == epoch])
+            starts += (offset + order * self.block_size).tolist()
+        return starts
 
     def batch(self, step: int, micro_step: int = 0):
         """Inputs and targets of one micro-batch, int64 (batch_size, block_size) each."""
         starts = self.starts(step, micro_step)
         return windows_at(self.tokens, starts, self.block_size, self.vocab_size)
 
-    def _start(self, index):
-        epoch, window = divmod(index, self.windows_per_epoch)
-        offset, order = self._epoch(epoch)
-        return offset + int(order[window]) * self.block_size
-
     def _epoch(self, epoch):
         if epoch not in self._epochs:
             generator = np.random.default_rng([self.seed, epoch])
             slack = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
             offset = int(generator.integers(min(slack, self.block_size - 1) + 1))
-            order = np.arange(self.windows_per_epoch, dtype=np.uint32)
-            generator.shuffle(order)
             if len(self._epochs) >= 2:
                 self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = offset, order
+            self._epochs[epoch] = offset, Permutation(self.windows_per_epoch, generator)
         return self._epochs[epoch]
 
 

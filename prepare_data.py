@@ -3,13 +3,17 @@
     python prepare_data.py                                  # tiny Shakespeare, by characters
     python prepare_data.py --input novel.txt                # your own text, GPT-2's tokens
     python prepare_data.py --input notes/ chat.jsonl.gz --tokenizer bpe --data_dir data/mine
+    python prepare_data.py --dataset fineweb --name sample-10BT     # from the Hugging Face hub
+    python prepare_data.py --adopt DIR                      # nanoGPT's train.bin and val.bin
 
-The text is read in chunks, so that it may be larger than the memory: once to count it and to learn
-its vocabulary, once to encode it.
+Text is read in chunks, so that it may be larger than the memory: once to count it and to learn its
+vocabulary, once to encode it; its end is the validation split. Parquet files are read once, and a
+hash of each document says which split it is for; a run that was stopped goes on.
 """
 
 import argparse
 import codecs
+import contextlib
 import gzip
 import hashlib
 import http.client
@@ -17,23 +21,37 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data import TokenDataset, read_meta, write_dataset
-from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer
-from utils import ArgumentParser, lock, log, run
+from data import (
+    UNFINISHED,
+    GrowingDataset,
+    TokenDataset,
+    adopt_dataset,
+    dtype_for,
+    finish_moving,
+    read_meta,
+    read_progress,
+    save_progress,
+    write_dataset,
+)
+from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
+from utils import ArgumentParser, human_time, lock, log, run
 
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -42,17 +60,24 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 BUNDLED = Path(__file__).parent / "data" / "sonnets.txt"
 TIMEOUT, TRIES, PAUSE = 10, 3, 0.5  # of the download: seconds, number, seconds between two
 
+ON_HUB = ("openwebtext", "fineweb")
+NEEDS_HUB = "the hub and .parquet need more packages: pip install -r requirements-hub.txt"
+
 ENDINGS = re.compile(r"\.(txt|md|jsonl)(\.gz)?$", re.IGNORECASE)
+PARQUET = re.compile(r"\.parquet$", re.IGNORECASE)
+FORMS = ".txt, .md, .jsonl (or .gz of one) or .parquet"
+TEXT_TYPES = ("string", "large_string", "string_view")  # of Arrow
+ROWS = 64  # of a parquet file, read at once
+TOKENS_SHARE = 0.8  # bytes of gpt2 tokens for a byte of parquet; for OpenWebText 0.75
+SAVE_SECONDS = 10  # of work that a kill may cost
 CHUNK = 1 << 18  # bytes read at once, and about the characters encoded at once
-# characters; a word that is longer is cut, and its tokens with it. Below a million, where tiktoken
-# gives up on a run of spaces.
-LONGEST = 1 << 19
+LONGEST = 1 << 19  # characters; a word that is longer is cut, and its tokens with it
 BPE_VOCAB_SIZE = 4096
 # what a BPE learns from: bytes of distinct words (training takes some 100 times as much memory),
 # and characters in all (a minute)
 SAMPLE_WORDS, SAMPLE = 5 << 20, 1 << 27
 # what makes a data set: the same again, with the same text, is the same data set
-SETTINGS = ("dataset", "tokenizer", "vocab_size", "val_fraction", "errors")
+SETTINGS = ("dataset", "name", "tokenizer", "vocab_size", "val_fraction", "errors")
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]")
 
 END = None  # in a stream of text: here a document ends
@@ -63,29 +88,33 @@ BORDER = object()  # in a stream of text: here the validation split begins
 
 
 def find_files(inputs) -> list[tuple[str, Path]]:
-    """Names and paths of the text files that inputs (files and folders) stand for, in order."""
+    """Names and paths of the files that inputs (files and folders) stand for, in order: all of
+    text, or all parquet.
+    """
     files, problems = [], []
     for path in map(Path, inputs):
         if path.is_dir():
             found = {file.relative_to(path).as_posix(): file for file in path.rglob("*")}
-            found = [(name, found[name]) for name in sorted(found) if _is_text(name, found[name])]
+            found = [(name, found[name]) for name in sorted(found) if _is_data(name, found[name])]
             files += found
             if not found:
-                problems.append(f"--input {path}: no .txt, .md or .jsonl (or .gz of one) in it")
+                problems.append(f"--input {path}: no {FORMS} in it")
         elif not path.exists():
             problems.append(f"--input {path}: no such file")
-        elif not ENDINGS.search(path.name):
-            problems.append(f"--input {path}: not a .txt, .md or .jsonl (or .gz of one)")
+        elif not _is_data(path.name, path):
+            problems.append(f"--input {path}: not a {FORMS}")
         else:
             files.append((path.name, path))
+    if len({PARQUET.search(name) is None for name, _ in files}) == 2:
+        problems.append("--input: text and parquet in one data set; name the ones or the others")
     if problems:
         raise ValueError("\n".join(problems))
     return files
 
 
-def _is_text(name, path):
+def _is_data(name, path):
     hidden = any(part.startswith(".") for part in name.split("/"))
-    return not hidden and ENDINGS.search(name) is not None and path.is_file()
+    return not hidden and bool(ENDINGS.search(name) or PARQUET.search(name)) and path.is_file()
 
 
 def shakespeare(data_dir) -> tuple[str, Path]:
@@ -148,6 +177,94 @@ def describe(name, path) -> dict:
         return {"name": name, "bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
+# ---------------------------------------------------------------- the hub
+
+
+def hub_folder(dataset, name) -> tuple[str, str]:
+    """The repository of a data set, and where in it the parquet files of --name are."""
+    if dataset == "openwebtext":
+        return "Skylion007/openwebtext", "plain_text"
+    if name.startswith("sample-"):
+        return "HuggingFaceFW/fineweb", name.replace("-", "/", 1)
+    return "HuggingFaceFW/fineweb", "data" if name == "default" else f"data/{name}"
+
+
+def list_hub_files(repository, folder) -> tuple[str, list[dict]]:
+    """The repository's newest revision, and what describe says of each parquet file in folder;
+    sha256 is None where the hub does not tell.
+    """
+    with hub_problems(repository) as hub:
+        api = hub.HfApi()
+        revision = api.dataset_info(repository).sha
+        at = {"repo_type": "dataset", "revision": revision, "recursive": True}
+        sources = [
+            {"name": file.path, "bytes": file.size, "sha256": file.lfs and file.lfs.sha256}
+            for file in api.list_repo_tree(repository, folder, **at)
+            if PARQUET.search(file.path)
+        ]
+    if not sources:
+        raise ValueError(f"{repository}: no .parquet file in {folder}")
+    return revision, sorted(sources, key=lambda source: source["name"])
+
+
+def download_from_hub(repository, revision, folder, source) -> Path:
+    """Where the file of source is, in folder; ValueError where something else came."""
+    name = source["name"]
+    with hub_problems(repository) as hub:
+        at = {"repo_type": "dataset", "revision": revision, "local_dir": folder}
+        path = Path(hub.hf_hub_download(repository, name, **at))
+    found = describe(name, path)
+    if found != {**source, "sha256": source["sha256"] or found["sha256"]}:
+        path.unlink()
+        raise ValueError(
+            f"{repository}: {name} came damaged, {found['bytes']:,} of {source['bytes']:,} bytes "
+            f"with sha256 {found['sha256'][:12]}...; the same command tries again"
+        )
+    source["sha256"] = found["sha256"]
+    return path
+
+
+@contextlib.contextmanager
+def hub_problems(repository):
+    """huggingface_hub, whose many exceptions become one line."""
+    try:
+        import huggingface_hub as hub
+        from huggingface_hub import constants, utils
+    except ImportError:
+        raise ValueError(NEEDS_HUB) from None
+    utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()
+    try:
+        yield hub
+    except Exception as error:  # they have no base in common
+        if getattr(error, "errno", None) and not isinstance(error, ConnectionError):
+            raise  # the disk's
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{repository} cannot be had from {constants.ENDPOINT} ({problem}); once it can, the "
+            "same command goes on from here"
+        ) from None
+
+
+def one_ahead(function, items):
+    """map, the next result in the making meanwhile, by threads that no Ctrl-C has to wait for."""
+
+    def work(item, future):
+        try:
+            future.set_result(function(item))
+        except BaseException as error:
+            future.set_exception(error)
+
+    pending = deque()
+    for item in items:
+        pending.append(Future())
+        threading.Thread(target=work, args=(item, pending[-1]), daemon=True).start()
+        if len(pending) > 1:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -189,8 +306,7 @@ class Text:
             offset += len(raw)
             if line.strip():
                 text = self._without_surrogates(_text_field(line, path, number), path, number)
-                yield from (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
-                yield END
+                yield from in_chunks([text, END])
 
     def _decode(self, decoder, raw, path, offset, final=False):
         """Text of raw, which stands at offset in path; the decoder may hold some bytes before."""
@@ -237,6 +353,74 @@ def _text_field(line, path, number):
     return record["text"]
 
 
+def read_parquet(path, first_row):
+    """Rows of column "text" from first_row on, ROWS at a time: how many are read then, which share
+    of the file that is, and the documents as bytes of UTF-8, None for a null.
+
+    A row group of any size is read page by page.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(NEEDS_HUB) from None
+    try:
+        file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        types = {field.name: str(field.type) for field in file.schema_arrow}
+        if types.get("text") not in TEXT_TYPES:
+            columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+            raise ValueError(f"{path}: no column 'text' of strings; it has {columns}")
+        row = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if row + rows <= first_row:
+                row += rows
+                continue
+            for batch in file.iter_batches(ROWS, row_groups=[group], columns=["text"]):
+                texts = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+                known, row = max(0, first_row - row), row + len(texts)
+                yield row, row / file.metadata.num_rows, texts[known:]
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):
+            raise
+        problem = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a whole parquet file ({problem})") from None
+
+
+class Documents(NamedTuple):
+    """Documents of a parquet file, and how far everything is read with them."""
+
+    path: Path
+    row: int  # of the first
+    texts: list  # bytes of UTF-8 each, or None
+    position: tuple[int, int]  # files that are done, rows of the next one that are
+    done: float  # bytes of the files
+
+    @property
+    def ends_file(self):
+        return self.position[1] == 0
+
+
+def documents(sources, paths, position):
+    """Documents of about CHUNK bytes from position on; paths are those of the files left."""
+    row = position[1]
+    for number, path in enumerate(paths, start=position[0]):
+        before, file_bytes = bytes_of(sources[:number]), sources[number]["bytes"]
+        texts, size = [], 0
+        for after, share, more in read_parquet(path, row):
+            texts += more
+            size += sum(len(text or b"") for text in more)
+            if size >= CHUNK:
+                yield Documents(path, row, texts, (number, after), before + share * file_bytes)
+                texts, size, row = [], 0, after
+        yield Documents(path, row, texts, (number + 1, 0), before + file_bytes)
+        row = 0
+
+
+def bytes_of(sources) -> int:
+    return sum(source["bytes"] for source in sources)
+
+
 def with_bar(stream, description, total=None):
     """The stream, and a progress bar where stderr is a terminal."""
     bar = tqdm(desc=description, total=total, unit="char", unit_scale=True, disable=None)
@@ -250,17 +434,19 @@ def with_bar(stream, description, total=None):
 # ---------------------------------------------------------------- the vocabulary
 
 
-def count(text) -> tuple[int, set[str]]:
-    """How many characters the text has, and which; ValueError if they are all white space."""
-    total, characters = 0, set()
+def count(text, characters: set | None = None) -> int:
+    """How many characters the text has, and in the set which; ValueError if all are white space."""
+    total, blank = 0, True
     for chunk in with_bar(text, "reading"):
         if chunk is not END:
             total += len(chunk)
-            characters.update(chunk)
-    if not "".join(characters).strip():
+            blank = blank and not chunk.strip()
+            if characters is not None:
+                characters.update(chunk)
+    if blank:
         names = ", ".join(str(path) for path in text.paths[:3])
         raise ValueError(f"{names}: no text, {total:,} characters of white space")
-    return total, characters
+    return total
 
 
 def train_bpe(text, vocab_size) -> BPETokenizer:
@@ -365,6 +551,46 @@ def encode_piece(tokenizer, texts) -> tuple[np.ndarray, int]:
     return np.concatenate(ids), sum(len(text.encode()) for text in texts)
 
 
+def encode_documents(tokenizer, options, documents):
+    """What GrowingDataset.append takes for each split, eot_id after each document; and how often
+    errors="replace" had to.
+    """
+    texts, replaced = {"train": [], "val": []}, 0
+    for row, raw in enumerate(documents.texts, start=documents.row):
+        if not raw:
+            continue
+        try:
+            text = raw.decode("utf-8", options.errors)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{documents.path}, row {row}: byte 0x{raw[error.start]:02X} at offset "
+                f"{error.start} is not UTF-8; go on with --errors replace"
+            ) from None
+        replaced += text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
+        texts[split_of(raw, options.val_fraction)] += [text, END]
+    parts = [
+        (split, *encode_piece(tokenizer, piece))
+        for split in texts
+        for piece in pieces(in_chunks(texts[split]), tokenizer.safe_cut)
+    ]
+    return documents, parts, replaced
+
+
+def split_of(document: bytes, val_fraction) -> str:
+    """Which split a document is for: its hash decides, wherever it stands and whoever asks."""
+    digest = hashlib.blake2b(document, digest_size=8).digest()
+    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+
+
+def in_chunks(stream):
+    """The stream with its texts cut after each CHUNK characters."""
+    for text in stream:
+        if text is END:
+            yield END
+        else:
+            yield from (text[i : i + CHUNK] for i in range(0, len(text), CHUNK))
+
+
 def ordered_map(function, items, workers):
     """map in threads (tiktoken and numpy let others run), in order, few items ahead."""
     with ThreadPoolExecutor(workers) as pool:
@@ -384,24 +610,172 @@ def prepare(options) -> dict:
     """Prepare a data set as parse has understood it, and return its meta; where it is already
     there, only that.
 
-    The last val_fraction of the characters is the validation split. Raises ValueError for text
-    that is empty or not UTF-8, and where data_dir holds another data set; that one stays intact.
+    Raises ValueError for text that is empty or not UTF-8, and where data_dir holds another data
+    set; that one stays intact.
     """
     data_dir = Path(options.data_dir)
     settings = {name: getattr(options, name) for name in SETTINGS}
     files = find_files(options.input) if options.dataset == "custom" else []
+    of_documents = options.dataset in ON_HUB or any(PARQUET.search(name) for name, _ in files)
+    if of_documents and options.tokenizer == "char":
+        raise ValueError(
+            "--tokenizer char: parquet files are read only once, and it would have to know their "
+            "characters before; use gpt2 or bpe"
+        )
     with lock(data_dir):
-        files = files or [shakespeare(data_dir)]
+        finish_moving(data_dir)
+        if options.dataset == "shakespeare":
+            files = [shakespeare(data_dir)]
         sources = [describe(name, path) for name, path in files]
         if not options.overwrite and (meta := already_there(data_dir, sources, settings)):
             log(f"{data_dir} already holds this text, prepared like this")
             return meta
-        text = Text([path for _, path in files], options.errors)
-        splits, tokenizer = tokenize(text, options)
-        meta = write_dataset(data_dir, splits, tokenizer, sources, settings)
-        if tokenizer.kind == "gpt2":
-            advise(text, tokenizer)
+        go = prepare_documents if of_documents else prepare_text
+        return go(options, data_dir, [path for _, path in files], sources, settings)
+
+
+def prepare_text(options, data_dir, paths, sources, settings) -> dict:
+    """The last val_fraction of the characters is the validation split."""
+    text = Text(paths, options.errors)
+    splits, tokenizer = tokenize(text, options)
+    meta = write_dataset(data_dir, splits, tokenizer, sources, settings)
+    if tokenizer.kind == "gpt2":
+        advise(text, tokenizer)
     return meta
+
+
+def prepare_documents(options, data_dir, paths, sources, settings) -> dict:
+    """Documents of parquet files, those of paths or of the hub, from where a run was stopped on."""
+    folder = data_dir / UNFINISHED
+    progress = unfinished(data_dir, sources, settings, options.overwrite)
+    hub = None if paths else hub_folder(options.dataset, options.name)
+    if progress is None:
+        revision, sources = list_hub_files(*hub) if hub else (None, sources)
+        plan = {"settings": settings, "revision": revision, "sources": sources}
+        progress = save_progress(data_dir, plan, position=(0, 0))
+    plan = progress["plan"]
+
+    def fetch(number):
+        if paths:
+            return paths[number]
+        source = plan["sources"][number]
+        return download_from_hub(hub[0], plan["revision"], folder / "download", source)
+
+    require_space(folder, plan["sources"][progress["position"][0] :], options)
+    try:
+        tokenizer = unfinished_tokenizer(folder / "tokenizer.json", options, fetch)
+        growing = GrowingDataset(data_dir, dtype_for(tokenizer), progress)
+        with contextlib.closing(growing):
+            grow(growing, tokenizer, options, fetch)
+            return growing.finish(tokenizer, plan["sources"], settings)
+    except KeyboardInterrupt:
+        log("stopped; the same command goes on from here")
+        raise
+
+
+def unfinished(data_dir, sources, settings, overwrite) -> dict | None:
+    """What a run that was stopped has left, None where there is none; ValueError where it was to
+    make something else, unless that may be overwritten.
+    """
+    progress = read_progress(data_dir)
+    found = progress and differences(progress["plan"], sources, settings)
+    if found and not overwrite:
+        raise ValueError(
+            f"{data_dir} holds an unfinished data set of something else ({'; '.join(found)}); "
+            "finish it first, choose another --data_dir, or drop it with --overwrite"
+        )
+    if found or progress is None:
+        shutil.rmtree(data_dir / UNFINISHED, ignore_errors=True)
+        return None
+    log(f"going on with what is in {data_dir / UNFINISHED}")
+    for stray in (data_dir / UNFINISHED).rglob("*.incomplete"):  # of a download that was killed
+        stray.unlink()
+    return progress
+
+
+def unfinished_tokenizer(path, options, fetch):
+    """The tokenizer at path; it is put there first, a bpe trained on the first file."""
+    if not path.exists():
+        if options.tokenizer == "gpt2":
+            tokenizer = GPT2Tokenizer()
+        else:
+            batches = (texts for _, _, texts in read_parquet(fetch(0), 0))
+            text = (raw.decode("utf-8", "replace") for texts in batches for raw in texts if raw)
+            tokenizer = train_bpe(text, options.vocab_size)
+        tokenizer.save(path)
+    return load_tokenizer(path)
+
+
+def require_space(folder, sources, options):
+    """OSError unless the disk has room for the tokens of sources and, of the hub, three files."""
+    token_bytes = 4 if (options.vocab_size or 0) > 1 << 16 else 2
+    needed = bytes_of(sources) * TOKENS_SHARE * token_bytes / 2
+    if options.dataset in ON_HUB:
+        needed += 3 * max([source["bytes"] for source in sources], default=0)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder}: about {needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free; make room "
+            "and give the same command, or choose another --data_dir"
+        )
+
+
+def grow(growing, tokenizer, options, fetch):
+    """Append what is missing, recording every SAVE_SECONDS and after each file how far it is."""
+    paths = one_ahead(fetch, range(growing.position[0], len(growing.plan["sources"])))
+    work = documents(growing.plan["sources"], paths, growing.position)
+    encode = partial(encode_documents, tokenizer, options)
+    saved, replaced = time.monotonic(), 0
+    encoded = ordered_map(encode, work, options.workers)
+    for read, parts, n_replaced in with_progress(encoded, growing):
+        for part in parts:
+            growing.append(*part)
+        replaced += n_replaced
+        if read.ends_file or time.monotonic() - saved > SAVE_SECONDS:
+            growing.save(read.position)
+            saved = time.monotonic()
+        if read.ends_file and growing.folder in read.path.parents:
+            read.path.unlink()  # a download
+    say_replaced(replaced)
+    if empty := [split for split, counts in growing.splits.items() if counts["tokens"] == 0]:
+        growing.close()
+        shutil.rmtree(growing.folder)
+        raise ValueError(
+            f"no document for {' and '.join(empty)}: --val_fraction {options.val_fraction} of so "
+            "few documents; use another, or more text"
+        )
+
+
+def with_progress(encoded, growing):
+    """The stream, and its progress: a bar on a terminal, a line for each file elsewhere."""
+    sources, start = growing.plan["sources"], time.monotonic()
+    total, before = bytes_of(sources), bytes_of(sources[: growing.position[0]])
+    with tqdm(total=total, initial=before, unit="B", unit_scale=True, disable=None) as bar:
+        for read, *rest in encoded:
+            yield read, *rest
+            bar.update(int(read.done) - bar.n)
+            if read.ends_file and bar.disable:
+                left = (time.monotonic() - start) / (read.done - before) * (total - read.done)
+                tokens = sum(counts["tokens"] for counts in growing.splits.values())
+                log(
+                    f"{read.position[0]} of {len(sources)} files, {tokens:,} tokens, "
+                    f"{human_time(left)} left"
+                )
+
+
+def adopt(data_dir) -> dict:
+    """Make a data set of nanoGPT's train.bin and val.bin of gpt2 tokens, and return its meta."""
+    data_dir = Path(data_dir)
+    if meta := read_meta(data_dir):
+        TokenDataset(data_dir)
+        log(f"{data_dir} already holds a data set")
+        return meta
+    if (data_dir / "meta.pkl").exists():
+        raise ValueError(
+            f"{data_dir / 'meta.pkl'}: not gpt2's tokens, and a pickle, which can run code, "
+            "is never opened; prepare the text itself: --input TEXT --tokenizer char"
+        )
+    return adopt_dataset(data_dir, GPT2Tokenizer(), {"dataset": "adopted", "tokenizer": "gpt2"})
 
 
 def prepare_file(path, tokenizer_kind: str, data_dir) -> dict:
@@ -414,9 +788,9 @@ def prepare_file(path, tokenizer_kind: str, data_dir) -> dict:
 def tokenize(text, options):
     """Both splits for write_dataset, and the tokenizer."""
     tokenizer = GPT2Tokenizer() if options.tokenizer == "gpt2" else None  # first: it may not be had
-    total, characters = count(text)
-    if text.replaced:
-        log(f"{text.replaced:,} replacements (U+FFFD) for bytes that are not UTF-8")
+    characters = set() if options.tokenizer == "char" else None
+    total = count(text, characters)
+    say_replaced(text.replaced)
     n_train = int((1 - options.val_fraction) * total)
     if not 0 < n_train < total:
         raise ValueError(
@@ -430,6 +804,11 @@ def tokenize(text, options):
     return encoded_splits(text, tokenizer, total, n_train, options.workers), tokenizer
 
 
+def say_replaced(count):
+    if count:
+        log(f"{count:,} replacements (U+FFFD) for bytes that are not UTF-8")
+
+
 def already_there(data_dir, sources, settings) -> dict | None:
     """The meta of the data set in data_dir, None where there is none.
 
@@ -438,21 +817,26 @@ def already_there(data_dir, sources, settings) -> dict | None:
     meta = read_meta(data_dir)
     if meta is None:
         return None
-    there = meta.get("settings", {})
-    differences = [
-        f"{name}: {there.get(name)} there, {value} asked for"
-        for name, value in settings.items()
-        if there.get(name) != value
-    ]
-    if [s["sha256"] for s in meta.get("sources", [])] != [s["sha256"] for s in sources]:
-        differences.append(f"text: {_names(meta.get('sources', []))} there, {_names(sources)} now")
-    if differences:
+    if found := differences(meta, sources, settings):
         raise ValueError(
-            f"{data_dir} holds another data set ({'; '.join(differences)}); choose another "
+            f"{data_dir} holds another data set ({'; '.join(found)}); choose another "
             "--data_dir, or make it anew with prepare_data.py --overwrite"
         )
     TokenDataset(data_dir)  # its files are as meta.json says
     return meta
+
+
+def differences(there, sources, settings) -> list[str]:
+    """Where there, a meta or a plan, is not of these settings and sources ([]: any, of the hub)."""
+    settings_there, sources_there = there.get("settings", {}), there.get("sources", [])
+    found = [
+        f"{name}: {settings_there.get(name)} there, {value} asked for"
+        for name, value in settings.items()
+        if settings_there.get(name) != value
+    ]
+    if sources and [s["sha256"] for s in sources_there] != [s["sha256"] for s in sources]:
+        found.append(f"text: {_names(sources_there)} there, {_names(sources)} now")
+    return found
 
 
 def _names(sources):
@@ -487,24 +871,31 @@ def parse(argv):
         formatter_class=argparse.HelpFormatter,
     )
     add = parser.add_argument
-    add("--dataset", choices=["shakespeare", "custom"], help="custom where --input is given")
-    add("--input", nargs="+", metavar="PATH", help=".txt, .md, .jsonl, .gz of these, or folders")
+    add("--dataset", choices=["shakespeare", "custom", *ON_HUB], help="custom for an --input")
+    add("--name", help="part of fineweb: sample-10BT (if not given), sample-100BT, default ...")
+    add("--input", nargs="+", metavar="PATH", help=f"{FORMS}, or folders")
     add("--tokenizer", choices=["char", "bpe", "gpt2"], help="char for shakespeare, else gpt2")
     add("--vocab_size", type=int, metavar="N", help=f"of bpe; {BPE_VOCAB_SIZE} if not given")
-    add("--val_fraction", type=float, default=0.1, metavar="F", help="of the text, its end; 0.1")
+    add("--val_fraction", type=float, metavar="F", help="0.1; of openwebtext and fineweb 0.0005")
     add("--data_dir", metavar="DIR", help="where to write; ./data/<dataset> if not given")
     add("--workers", type=int, metavar="N", help="threads; as many as cores if not given")
     add("--overwrite", action="store_true", help="replace a data set that is there")
     add("--errors", choices=["strict", "replace"], default="strict", help="for text not in UTF-8")
+    add("--adopt", metavar="DIR", help="of nanoGPT's train.bin and val.bin in DIR, gpt2's tokens")
     options = parser.parse_args(argv)
     options.dataset = options.dataset or ("custom" if options.input else "shakespeare")
+    on_hub = options.dataset in ON_HUB
     if options.tokenizer is None:
         options.tokenizer = "char" if options.dataset == "shakespeare" else "gpt2"
+    if options.val_fraction is None:
+        options.val_fraction = 0.0005 if on_hub else 0.1
     if found := problems(options):
         raise ValueError("\n".join(found))
+    if options.dataset == "fineweb":
+        options.name = options.name or "sample-10BT"
     if options.vocab_size is None and options.tokenizer == "bpe":
         options.vocab_size = BPE_VOCAB_SIZE
-    options.data_dir = options.data_dir or f"./data/{options.dataset}"
+    options.data_dir = options.adopt or options.data_dir or f"./data/{options.dataset}"
     options.workers = options.workers or os.cpu_count() or 1
     return options
 
@@ -512,10 +903,14 @@ def parse(argv):
 def problems(options) -> list[str]:
     """One line for each."""
     found = []
+    if options.adopt and (options.input or options.data_dir or options.dataset != "shakespeare"):
+        found.append("--adopt DIR takes the data set that is in DIR, and no other flags")
     if options.dataset == "custom" and not options.input:
         found.append("--dataset custom needs --input FILE")
-    if options.dataset == "shakespeare" and options.input:
-        found.append("--input is not for --dataset shakespeare; use --dataset custom")
+    if options.dataset != "custom" and options.input:
+        found.append(f"--input is not for --dataset {options.dataset}; use --dataset custom")
+    if options.name is not None and options.dataset != "fineweb":
+        found.append(f"--name {options.name}: only for --dataset fineweb")
     if options.vocab_size is not None and options.tokenizer != "bpe":
         found.append(f"--vocab_size {options.vocab_size}: only for --tokenizer bpe")
     if options.vocab_size is not None and options.vocab_size < 257:
@@ -529,7 +924,8 @@ def problems(options) -> list[str]:
 
 def main(argv=None) -> int:
     options = parse(argv)
-    print(summary(prepare(options), options.data_dir))
+    meta = adopt(options.adopt) if options.adopt else prepare(options)
+    print(summary(meta, options.data_dir))
     return 0
 
 

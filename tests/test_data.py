@@ -1,12 +1,23 @@
 """Data sets are whole or absent, and batches are a pure function of the step."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import data
-from data import BatchSampler, TokenDataset, validation_starts, windows_at, write_dataset
+from data import (
+    BatchSampler,
+    Permutation,
+    TokenDataset,
+    validation_starts,
+    windows_at,
+    write_dataset,
+)
 from tokenizer import CharTokenizer
 
 
@@ -105,6 +116,62 @@ def test_epochs_differ_and_are_repeatable():
     assert draw(1) == draw(1) != draw(2)
     flat = [start for starts in draw(1) for start in starts]
     assert flat[:61] != flat[61:122]
+
+
+@pytest.mark.parametrize("n", [*range(1, 40), 1000, 1023, 1024, 1025, 3_000_017])
+def test_permutation_visits_each_number_once(n):
+    order = Permutation(n, np.random.default_rng(n))(np.arange(n))
+    assert np.all(np.bincount(order, minlength=n) == 1) and len(order) == n
+
+
+def test_permutations_are_like_random_ones():
+    """Over many seeds each number comes to each place, and after each other number, equally often:
+    chi-square over its degrees of freedom is near 1, within 7 standard deviations.
+    """
+    n, seeds = 24, 4000
+    places, pairs = np.zeros((n, n)), np.zeros((n, n))
+    for seed in range(seeds):
+        order = Permutation(n, np.random.default_rng(seed))(np.arange(n))
+        places[np.arange(n), order] += 1
+        pairs[order[:-1], order[1:]] += 1
+    pairs = pairs[~np.eye(n, dtype=bool)]
+    for counts, freedom in ((places, (n - 1) ** 2), (pairs, pairs.size - 1)):
+        expected = counts.sum() / counts.size
+        assert ((counts - expected) ** 2 / expected).sum() / freedom == pytest.approx(1, abs=0.45)
+
+
+SPARSE = """
+import resource, sys, time
+import numpy as np
+from data import BatchSampler, TokenDataset
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+before, start = peak_mb(), time.perf_counter()
+sampler = BatchSampler(TokenDataset(sys.argv[1]).train, 1024, batch_size=16)
+x, y = sampler.batch(0)
+assert time.perf_counter() - start < 1 and peak_mb() - before < 200, (before, peak_mb())
+windows = sampler.windows_per_epoch
+assert windows == 9_765_624 == 8 * 1_220_703
+sampler.batch_size, seen = 1_220_703, np.zeros(windows, dtype=bool)
+offset = min(sampler.starts(step=8, micro_step=0)) % 1024  # of the second epoch
+for step in range(8, 16):
+    index, rest = np.divmod(np.array(sampler.starts(step)) - offset, 1024)
+    assert index.min() >= 0 and not rest.any() and not seen[index].any()
+    seen[index] = True
+assert seen.all() and offset + windows * 1024 + 1 <= 10**10
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs resource, and sparse files")
+def test_ten_billion_tokens_start_at_once_and_each_window_comes_once_an_epoch(tmp_path):
+    write(tmp_path, range(10))
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta["splits"]["train"]["tokens"] = 10**10
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    os.truncate(tmp_path / "train.bin", 2 * 10**10)
+    subprocess.run([sys.executable, "-c", SPARSE, str(tmp_path)], cwd=ROOT, check=True, timeout=300)
 
 
 def test_batch_depends_on_the_step_alone():

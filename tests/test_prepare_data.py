@@ -7,14 +7,20 @@ import http.server
 import json
 import os
 import random
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import in_child
+import tiktoken
+from conftest import ROOT, in_child
 
 import prepare_data
 import utils
@@ -446,6 +452,10 @@ def test_killed_at_any_moment_a_data_set_is_whole_or_absent(tmp_path, moment):
         (["--val_fraction", "nan"], ["between 0 and 1"]),
         (["--val_fraction", "1"], ["between 0 and 1"]),
         (["--tokeniser", "char"], ["did you mean --tokenizer"]),
+        (["--dataset", "openwebtext", "--name", "x"], ["only for --dataset fineweb"]),
+        (["--dataset", "fineweb", "--input", "a.parquet"], ["use --dataset custom"]),
+        (["--dataset", "fineweb", "--tokenizer", "char"], ["use gpt2 or bpe"]),
+        (["--adopt", "d", "--input", "a.txt"], ["no other flags"]),
     ],
 )
 def test_wrong_flags_are_exit_2_all_at_once(flags, messages, tmp_path, monkeypatch, capsys):
@@ -558,3 +568,479 @@ def test_download_that_fails_says_why_and_the_bundled_text_is_used(
     bundled = prepare_data.BUNDLED.read_bytes()
     assert source["name"] == "sonnets.txt" and source["bytes"] == len(bundled)
     assert source["sha256"] == hashlib.sha256(bundled).hexdigest()
+
+
+# ---------------------------------------------------------------- parquet and the hub
+
+REVISION = "5a1b" * 10
+
+
+def documents(seed, n):
+    rng = random.Random(seed)
+    return [nasty_text(rng.random(), rng.randrange(1, 60)) for _ in range(n)]
+
+
+def parquet(texts, rows=20, compression="snappy", **columns):
+    """A parquet file of texts, in bytes, with small row groups."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"url": ["x"] * len(texts), "text": texts} | columns)
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(
+        table, sink, row_group_size=rows, compression=compression, use_dictionary=False
+    )
+    return sink.getvalue().to_pybytes()
+
+
+class Hub:
+    """The hub's answers for one repository. `cut` breaks the connection after so many bytes of a
+    file, once; `slow` waits before each part of an answer.
+    """
+
+    def __init__(self, repository, files, cut=(), slow=0):
+        self.repository, self.files, self.cut, self.slow = repository, files, dict(cut), slow
+        self.asked = []
+
+    def answer(self, request):
+        self.asked.append(f"{request.command} {request.path} {request.headers['Range']}")
+        api, resolve = f"/api/datasets/{self.repository}", f"/datasets/{self.repository}/resolve/"
+        path = urllib.parse.unquote(request.path.split("?")[0])
+        name = path.removeprefix(f"{resolve}{REVISION}/")
+        if path == api:
+            self.send(request, json.dumps({"id": self.repository, "sha": REVISION}).encode())
+        elif path.startswith(f"{api}/tree/{REVISION}/"):
+            self.send(request, json.dumps(self.tree(path.split(f"{REVISION}/")[1])).encode())
+        elif path.startswith(resolve) and name in self.files:
+            self.send_file(request, name)
+        else:
+            request.send_error(404)
+
+    def tree(self, folder):
+        files = {name: raw for name, raw in self.files.items() if name.startswith(folder + "/")}
+        return [{"type": "directory", "path": folder, "oid": "0"}] + [
+            {"type": "file", "path": name, "size": len(raw), "oid": "0", "lfs": {
+                "oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 9}}
+            for name, raw in files.items()
+        ]  # fmt: skip
+
+    def send_file(self, request, name):
+        raw, first = self.files[name], 0
+        if wanted := re.match(r"bytes=(\d+)-$", request.headers["Range"] or ""):
+            first = int(wanted[1])
+        headers = {"ETag": f'"{hashlib.sha256(raw).hexdigest()}"', "X-Repo-Commit": REVISION}
+        end = self.cut.pop(name, None) if request.command == "GET" else None
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{len(raw) - 1}/{len(raw)}"
+        self.send(request, raw[first:], 206 if first else 200, headers, end)
+
+    def send(self, request, raw, status=200, headers=(), end=None):
+        time.sleep(self.slow)
+        request.send_response(status)
+        for name, value in dict(headers).items():
+            request.send_header(name, value)
+        request.send_header("Content-Length", str(len(raw)))
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(raw[:end])
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """Let a Hub answer on this machine as long as the test runs; gives the environment for that."""
+    pytest.importorskip("huggingface_hub")
+    from huggingface_hub import constants
+
+    servers = []
+
+    def start(hub):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                hub.answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(httpd)
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{httpd.server_port}"
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    yield start
+    for httpd in servers:
+        httpd.shutdown()
+        httpd.server_close()
+
+
+def fineweb(n=60):
+    """Four files of fineweb's sample, the documents in them, and two files that are not of it."""
+    texts = [documents(seed, n) for seed in range(4)]
+    files = {f"sample/10BT/00{i}_00000.parquet": parquet(part) for i, part in enumerate(texts)}
+    files |= {"data/CC-MAIN-1/000.parquet": b"no", "sample/10BT/README.md": b"no"}
+    return files, [text for part in texts for text in part]
+
+
+FINEWEB = ("--dataset", "fineweb", "--tokenizer", "bpe", "--vocab_size", 400, "--val_fraction", 0.2)
+
+
+def test_hub_documents_are_split_by_hash_each_with_its_end_of_text(serve, tmp_path, capsys):
+    files, texts = fineweb()
+    serve(Hub("HuggingFaceFW/fineweb", files))
+    assert prepare(*FINEWEB, "--data_dir", tmp_path / "d") == 0
+    bpe = load_tokenizer(tmp_path / "d" / "tokenizer.json")
+    assert bpe.encode("x")[0] < 256 and bpe.vocab_size == 400
+    expected = {"train": [], "val": []}
+    for text in texts:
+        first = hashlib.blake2b(text.encode(), digest_size=8).digest()[0]
+        expected["val" if first < 0.2 * 256 else "train"] += [*bpe.encode(text), bpe.eot_id]
+    dataset = TokenDataset(tmp_path / "d")
+    assert dataset.train.tolist() == expected["train"] and dataset.val.tolist() == expected["val"]
+    n_bytes = sum(split["bytes"] for split in dataset.meta["splits"].values())
+    assert n_bytes == sum(len(text.encode()) for text in texts)
+    names = [f"sample/10BT/00{i}_00000.parquet" for i in range(4)]
+    assert dataset.meta["sources"] == [
+        {"name": name, "bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
+        for name in names
+    ]
+    assert os.listdir(tmp_path / "d").count(".unfinished") == 0
+    error = capsys.readouterr().err
+    assert "1 of 4 files" in error and "4 of 4 files" in error and "0s left" in error
+    serve(Hub("HuggingFaceFW/fineweb", {}))  # which nobody asks any more
+    assert prepare(*FINEWEB, "--data_dir", tmp_path / "d") == 0
+
+
+# What a killed run does: it saves after every few documents, and dies at the n-th save.
+DYING = """
+import os, signal, sys
+import data, prepare_data, utils
+
+def save(self, position, plain=data.GrowingDataset.save, left=[int(sys.argv.pop())]):
+    plain(self, position)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+data.GrowingDataset.save = save
+prepare_data.CHUNK, prepare_data.ROWS, prepare_data.SAVE_SECONDS = 500, 10, 0
+sys.exit(utils.run(prepare_data.main))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_hub_download_cut_short_and_killed_half_way_gives_the_undisturbed_data_set(
+    serve, tmp_path, monkeypatch
+):
+    files, _ = fineweb(150)
+    name = "sample/10BT/001_00000.parquet"
+    hub = Hub("HuggingFaceFW/fineweb", files)
+    serve(hub)
+    assert prepare(*FINEWEB, "--data_dir", tmp_path / "whole") == 0
+    encoded = []
+    plain = prepare_data.encode_documents
+    monkeypatch.setattr(
+        prepare_data, "encode_documents", lambda *a: encoded.append(len(a[2].texts)) or plain(*a)
+    )
+    for workers in (1, 2):
+        hub.cut, hub.asked = {name: len(files[name]) // 2} if workers == 1 else {}, []
+        data_dir = tmp_path / str(workers)
+        flags = [*FINEWEB, "--data_dir", data_dir, "--workers", workers]
+        dying = [sys.executable, "-c", DYING, *map(str, flags), "24"]
+        done = subprocess.run(dying, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert read_meta(data_dir) is None and (data_dir / ".unfinished").exists()
+        assert sum(asked.startswith("GET") and name in asked for asked in hub.asked) == (
+            3 - workers
+        )
+        encoded.clear()
+        assert prepare(*flags) == 0
+        assert 200 < sum(encoded) < 450  # of 600 documents
+        assert hashes(data_dir) == hashes(tmp_path / "whole")
+        assert not (data_dir / ".unfinished").exists()
+
+
+def test_stopped_at_any_rename_a_preparation_of_documents_is_finished_by_the_next(
+    tmp_path, monkeypatch
+):
+    source = write(tmp_path / "a.parquet", parquet(documents(0, 50)))
+    flags = ("--input", source, "--tokenizer", "bpe", "--vocab_size", 300)
+    plain, renames = os.replace, []
+
+    def stop_at(n):
+        def replace(*paths):
+            renames.append(paths)
+            if len(renames) == n:
+                raise KeyboardInterrupt
+            plain(*paths)
+
+        renames.clear()
+        monkeypatch.setattr(os, "replace", replace)
+
+    stop_at(None)
+    assert prepare(*flags, "--data_dir", tmp_path / "whole") == 0
+    for n in range(1, len(renames) + 1):
+        data_dir = tmp_path / str(n)
+        stop_at(n)
+        assert prepare(*flags, "--data_dir", data_dir) == 130
+        assert_whole_or_absent(data_dir)
+        stop_at(None)
+        assert prepare(*flags, "--data_dir", data_dir) == 0
+        assert hashes(data_dir) == hashes(tmp_path / "whole")
+        assert not (data_dir / ".unfinished").exists()
+    assert n >= 8
+
+
+def gigabyte():
+    """Four files of a quarter of a gigabyte of documents, the last of one row group."""
+    base = (ROOT / "data" / "sonnets.txt").read_text("utf-8")
+    rng = random.Random(0)
+    files = {}
+    for i in range(4):
+        starts = [rng.randrange(len(base) - 5000) for _ in range(100_000)]
+        texts = [base[start : start + rng.randrange(5000)] for start in starts]
+        name = f"sample/10BT/00{i}_00000.parquet"
+        files[name] = parquet(texts, rows=10**9 if i == 3 else 1000, compression="none")
+    return files
+
+
+# prepare_data.py, and at its end the most memory that it had
+MEASURED = """
+import pathlib, prepare_data, utils
+assert utils.run(prepare_data.main) == 0
+print(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+def start(*flags):
+    command = [sys.executable, "-c", MEASURED, *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_gigabyte_from_the_hub_in_600_mb_cut_short_killed_and_gone_on_with(
+    serve, tmp_path, gpt2_vocabulary
+):
+    files = gigabyte()
+    assert sum(map(len, files.values())) > 10**9
+    name = "sample/10BT/001_00000.parquet"
+    hub = Hub("HuggingFaceFW/fineweb", files)
+    serve(hub)
+    expected = None
+    for workers in (2, 1):
+        hub.cut, hub.asked = {name: len(files[name]) // 2}, []
+        flags = ("--dataset", "fineweb", "--data_dir", tmp_path / "d", "--workers", workers)
+        process = start(*flags)
+        assert any(line.startswith("2 of 4 files") for line in process.stderr)
+        process.kill()
+        process.communicate()
+        assert any("bytes=" in asked for asked in hub.asked)  # what was cut went on
+        hub.asked.clear()
+        process = start(*flags)
+        out, error = process.communicate()
+        assert process.returncode == 0 and "\n3 of 4 files" in error, error
+        assert "2 of 4 files" not in error
+        assert not any("000_00000" in asked or name in asked for asked in hub.asked)
+        megabytes = int(out.split()[-1]) / 1e3
+        print(f"{workers} workers: peak memory {megabytes:.0f} MB")
+        assert megabytes < 600
+        expected = expected or hashes(tmp_path / "d")
+        assert hashes(tmp_path / "d") == expected
+        shutil.rmtree(tmp_path / "d")
+    assert prepare("--dataset", "fineweb", "--data_dir", tmp_path / "d") == 0  # undisturbed
+    assert hashes(tmp_path / "d") == expected
+
+
+NOT_UTF8 = b"caf\xe9"
+
+
+def test_parquet_input_of_every_string_type_skips_nulls_and_replaces_bad_bytes(tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    strings = pyarrow.array(["one", None, "", "two"])
+    for number, kind in enumerate((pyarrow.string(), pyarrow.large_string())):
+        write(tmp_path / "in" / f"{number}.parquet", parquet(strings.cast(kind).to_pylist()))
+    bad = pyarrow.array([b"three", NOT_UTF8]).view(pyarrow.string())
+    write(tmp_path / "in" / "more" / "bad.PARQUET", parquet([None] * 2, text=bad))
+    flags = ("--input", tmp_path / "in", "--tokenizer", "bpe", "--vocab_size", 257)
+    flags = (*flags, "--val_fraction", 0.3, "--data_dir", tmp_path / "d")
+    assert prepare(*flags) == 2
+    assert "bad.PARQUET, row 1: byte 0xE9 at offset 3 is not UTF-8" in capsys.readouterr().err
+    assert read_meta(tmp_path / "d") is None
+    assert prepare(*flags, "--errors", "replace") == 2
+    assert "unfinished data set" in capsys.readouterr().err
+    assert prepare(*flags, "--errors", "replace", "--overwrite") == 0
+    assert "1 replacements" in capsys.readouterr().err
+    bpe = load_tokenizer(tmp_path / "d" / "tokenizer.json")
+    decoded = bpe.decode(ids_of(tmp_path / "d")).split("<|endoftext|>")
+    assert sorted(decoded) == ["", "caf\ufffd", "one", "one", "three", "two", "two"]
+    names = [source["name"] for source in read_meta(tmp_path / "d")["sources"]]
+    assert names == ["0.parquet", "1.parquet", "more/bad.PARQUET"]
+    write(tmp_path / "in" / "0.parquet", parquet(["another"]))
+    assert prepare(*flags, "--errors", "replace") == 2
+    assert "text: 0.parquet" in capsys.readouterr().err
+
+
+def test_the_split_of_documents_does_not_depend_on_their_order_or_files(tmp_path):
+    texts = documents(5, 300)
+    for name, order in (("a", texts), ("b", texts[::-1])):
+        write(tmp_path / f"{name}.parquet", parquet(order, rows=7 if name == "a" else 1000))
+        flags = ("--tokenizer", "bpe", "--vocab_size", 257, "--data_dir", tmp_path / name)
+        assert prepare("--input", tmp_path / f"{name}.parquet", *flags) == 0
+    val = [TokenDataset(tmp_path / name).val.tolist() for name in "ab"]
+    assert val[0] != val[1]  # another order
+    assert prepare("--input", tmp_path / "a.parquet", "--tokenizer", "char", "--overwrite") == 2
+    parts = [sorted(" ".join(map(str, ids)).split(" 256")) for ids in val]
+    assert sorted(map(str.strip, parts[0])) == sorted(map(str.strip, parts[1]))
+    assert 10 < len(parts[0]) < 60
+
+
+def test_a_document_of_any_length_is_encoded_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK", 100)
+    texts = [nasty_text(seed, 900) for seed in range(20)]
+    write(tmp_path / "a.parquet", parquet(texts))
+    flags = ("--tokenizer", "bpe", "--vocab_size", 300, "--data_dir", tmp_path / "d")
+    assert prepare("--input", tmp_path / "a.parquet", *flags) == 0
+    bpe = load_tokenizer(tmp_path / "d" / "tokenizer.json")
+    ids = {(*bpe.encode(text), bpe.eot_id) for text in texts}
+    found = " ".join(map(str, ids_of(tmp_path / "d"))).split(f" {bpe.eot_id}")
+    assert {(*map(int, part.split()), bpe.eot_id) for part in found if part} == ids
+
+
+WHOLE = lambda: parquet(["some text", "more text"] * 50)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (lambda: WHOLE()[:-100], [], "a.parquet: not a whole parquet file"),
+        (lambda: WHOLE()[:20] + bytes(60) + WHOLE()[80:], [], "a.parquet: not a whole parquet"),
+        (lambda: b"<html>", [], "a.parquet: not a whole parquet file"),
+        (lambda: parquet([1, 2]), [], "no column 'text' of strings; it has url (string), text (i"),
+        (lambda: parquet([None, None]), [], "no column 'text' of strings"),
+        (lambda: parquet(["", None]), [], "no document for train and val"),
+        (WHOLE, ["--val_fraction", "1e-9"], "no document for val: --val_fraction 1e-09"),
+        (WHOLE, ["b.txt"], "text and parquet in one data set"),
+    ],
+)
+def test_bad_parquet_is_exit_2_and_the_earlier_data_set_stays(
+    content, flags, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    bpe = ("--tokenizer", "bpe", "--vocab_size", 257, "--overwrite")
+    write(Path("b.txt"), STORY)
+    assert prepare("--data_dir", "data", *bpe, "--input", "b.txt") == 0
+    before = hashes(Path("data"))
+    write(Path("a.parquet"), content())
+    capsys.readouterr()
+    assert prepare("--data_dir", "data", *bpe, "--input", "a.parquet", *flags) == 2
+    error = capsys.readouterr().err
+    assert "error: " in error and message in error and error.count("error: ") == 1
+    assert hashes(Path("data")) == before
+
+
+def test_hub_problems_are_one_line_each_and_the_same_command_goes_on(
+    serve, tmp_path, monkeypatch, capsys
+):
+    flags = (*FINEWEB, "--data_dir", tmp_path / "d")
+    files, _ = fineweb()
+    name = "sample/10BT/002_00000.parquet"
+
+    def attempt(message, code=2):
+        assert prepare(*flags) == code
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert len(errors) == 1 and message in errors[0], errors
+        assert read_meta(tmp_path / "d") is None
+
+    serve(Hub("nobody/nothing", {}))
+    attempt("HuggingFaceFW/fineweb cannot be had from http://127.0.0.1")
+    serve(Hub("HuggingFaceFW/fineweb", {"data/x.parquet": b""}))
+    attempt("HuggingFaceFW/fineweb: no .parquet file in sample/10BT")
+    hub = Hub("HuggingFaceFW/fineweb", files)
+    serve(hub)
+    monkeypatch.setattr(prepare_data, "TOKENS_SHARE", 1e12)
+    attempt("GB needed", code=4)
+    monkeypatch.setattr(prepare_data, "TOKENS_SHARE", 1)
+    whole = hub.files.pop(name)
+    attempt("cannot be had from")
+    hub.files[name] = whole[:-1000]
+    attempt("came damaged")
+    hub.files[name] = whole
+    assert prepare(*flags) == 0
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert prepare(*flags) == 0  # there already
+    assert prepare(*flags, "--overwrite") == 2
+    assert "pip install -r requirements-hub.txt" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- from nanoGPT
+
+
+@pytest.fixture
+def nanogpts(tmp_path, gpt2_vocabulary):
+    """A folder as nanoGPT's prepare.py leaves it, by its own words, and the two texts."""
+    encoding = tiktoken.get_encoding("gpt2")
+    texts = {"train": STORY * 9, "val": CHINESE + "<|endoftext|>"}
+    for split, text in texts.items():
+        ids = encoding.encode(text, allowed_special="all")
+        np.array(ids, dtype=np.uint16).tofile(write(tmp_path / "n" / f"{split}.bin", b""))
+    return tmp_path / "n", texts
+
+
+def test_adopted_tokens_are_a_data_set_and_stay_as_they_are(nanogpts, capsys):
+    folder, texts = nanogpts
+    before = hashes(folder)
+    assert prepare("--adopt", folder) == 0
+    out = capsys.readouterr().out
+    assert out.endswith(f"next: python train.py --data_dir {folder}\n")
+    dataset = TokenDataset(folder)
+    gpt2 = load_tokenizer(dataset.tokenizer_path)
+    for split, text in texts.items():
+        assert gpt2.decode(getattr(dataset, split)) == text
+        said, raw = dataset.meta["splits"][split], (folder / f"{split}.bin").read_bytes()
+        assert said["sha256"] == hashlib.sha256(raw).hexdigest() == before[f"{split}.bin"]
+        assert said["tokens"] == len(raw) // 2
+        assert said["bytes"] == len(text.removesuffix("<|endoftext|>").encode())
+    assert dataset.meta["vocab_size"] == 50257 and dataset.meta["tokenizer"]["kind"] == "gpt2"
+    stamps = {path.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*")}
+    assert prepare("--adopt", folder) == 0
+    captured = capsys.readouterr()
+    assert captured.out == out and "already" in captured.err
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*")} == stamps
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("meta.pkl", b"cos\nsystem\n(S'touch canary'\ntR.", "meta.pkl"),
+        ("val.bin", None, "val.bin: No such file"),
+        ("val.bin", b"", "val.bin: 0 bytes"),
+        ("train.bin", b"123", "train.bin: 3 bytes are not tokens of 2 bytes each"),
+        (
+            "val.bin",
+            b"\x01\x00\x51\xc4",
+            "val.bin: token id 50257 at position 1 is not below 50257",
+        ),
+    ],
+)
+def test_what_is_not_gpt2s_tokens_is_not_adopted(
+    name, content, message, nanogpts, monkeypatch, capsys
+):
+    folder, _ = nanogpts
+    monkeypatch.chdir(folder)
+    (folder / name).unlink(missing_ok=True)
+    if content is not None:
+        write(folder / name, content)
+    before = sorted(os.listdir(folder)), hashes(folder)
+    assert prepare("--adopt", folder) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert (sorted(os.listdir(folder)), hashes(folder)) == before

@@ -211,6 +211,15 @@ def test_gpt2_equals_tiktoken(gpt2):
     assert (gpt2.vocab_size, gpt2.eot_id) == (50257, 50256)
 
 
+def test_white_space_of_every_kind_is_split_as_tiktoken_splits_it(gpt2):
+    spaces = [chr(i) for i in range(0x10000) if chr(i).isspace()]
+    units = [*spaces, *"a1!'s   \n\n\0", "\u180e", "\u200b", "\ufeff", "é", "\0\0"]
+    reference = tiktoken.get_encoding("gpt2")
+    for seed in range(3000):
+        text = "".join(random.Random(seed).choices(units, k=12))
+        assert gpt2.encode(text) == reference.encode_ordinary(text), text
+
+
 def test_saved_gpt2_loads_without_tiktokens_vocabulary(gpt2, monkeypatch):
     def unreachable(name):
         raise OSError("no network")
