@@ -18,9 +18,13 @@ import torch
 from conftest import TEXT, in_child
 
 import checkpoint
+import convert
 import train as training
 from config import GPT2Config
+from generate import batch_generate
+from model import GPT2
 from optim import learning_rate
+from tokenizer import load_tokenizer
 from train import NonFiniteError, Trainer, start_from, train
 from utils import lock, run
 
@@ -708,6 +712,37 @@ def test_init_from_a_model_of_another_vocabulary_is_refused(config, tmp_path, ca
     assert main(config, "--init_from", str(path)) == 2
     err = capsys.readouterr().err
     assert err.count("error:") == 1 and "knows 4 tokens (char)" in err
+
+
+def test_fine_tuning_a_folder_resumes_generates_and_exports(config, tmp_path, capsys):
+    """A random model in Hugging Face's format, as someone else's pretrained one would come."""
+    pytest.importorskip("safetensors")
+    data = training.TokenDataset(config.data_dir)
+    torch.manual_seed(5)
+    model = GPT2(replace(config, vocab_size=data.vocab_size, block_size=24))
+    tokenizer = load_tokenizer(data.tokenizer_path)
+    state = convert.new_state(model.config, model.state_dict(), tokenizer)
+    checkpoint.save(tmp_path / "random.pt", state)
+    folder, exported = tmp_path / "pretrained", tmp_path / "exported"
+    convert.to_hf(str(tmp_path / "random.pt"), folder)
+
+    undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
+    more = ["--init_from", str(folder)]
+    assert main(undisturbed, *more) == 0
+    assert in_child(killed_at, config, 23, *more) == -signal.SIGKILL
+    assert main(config, *more) == 0
+    assert_same_run(config, undisturbed)
+    best = saved(config, "best_checkpoint.pt")
+    assert best["best_val_loss"] == min(r["val_loss"] for r in logged(config) if "val_loss" in r)
+
+    path = str(Path(config.checkpoint_dir) / "best_checkpoint.pt")
+    texts = batch_generate(["the quick"], checkpoint=path, device="cpu", temperature=0)
+    convert.to_hf(path, exported)
+    assert (
+        batch_generate(["the quick"], checkpoint=str(exported), device="cpu", temperature=0)
+        == texts
+    )
+    assert capsys.readouterr().err.count("warning") == 0
 
 
 # ---------------------------------------------------------------- only evaluating
