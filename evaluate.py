@@ -8,13 +8,9 @@
 docs/evaluation.md says how each score is defined, and what was published for GPT-2.
 """
 
-import hashlib
-import http.client
 import json
 import math
-import os
 import sys
-import urllib.request
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -30,6 +26,8 @@ from data import TokenDataset, validation_starts, windows_at
 from utils import (
     ArgumentParser,
     autocast,
+    download,
+    from_first,
     gather_from_processes,
     log,
     perplexity,
@@ -52,7 +50,6 @@ DOWNLOADS = {  # address and sha256
         "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
     ),
 }
-TIMEOUT = 30  # of the download, seconds
 CHUNK = 1 << 18  # characters read at once; a word that is longer is cut, and its tokens with it
 
 
@@ -434,45 +431,19 @@ def json_fields(line, *names):
 def downloaded(task) -> Path:
     """The published examples of a task; the first process fetches them where they are not here."""
     address, sha256 = DOWNLOADS[task]
-    path, problem = Path("data") / task / address.rsplit("/", 1)[1], None
-    if rank() == 0 and not path.exists():
+    path = Path("data") / task / address.rsplit("/", 1)[1]
+
+    def fetch():
+        log(f"downloading {address}")
         try:
-            content = download(address, sha256)
-        except ValueError as error:
-            problem = f"{address}: {error}; get the file some other way and name it with --file"
-        else:
-            write_whole(path, content)
-    problem = gather_from_processes([problem])[0]  # the others wait here
-    if problem:
-        raise ValueError(problem)
+            download(address, sha256, path)
+        except ValueError as problem:
+            raise ValueError(
+                f"{address}: {problem}; get the file some other way and name it with --file"
+            ) from None
+
+    from_first(lambda: path.exists() or fetch())
     return path
-
-
-def download(address, sha256) -> bytes:
-    """What is at address; ValueError saying why not."""
-    log(f"downloading {address}")
-    try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
-            content = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(error) from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"another file came, {len(content):,} bytes with a wrong sha256")
-    return content
-
-
-def write_whole(path, content):
-    """Write beside the place, fsync, rename: a file that can be seen is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- the command line

@@ -16,7 +16,6 @@ import codecs
 import contextlib
 import gzip
 import hashlib
-import http.client
 import json
 import os
 import re
@@ -25,8 +24,6 @@ import shutil
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,14 +48,13 @@ from data import (
     write_dataset,
 )
 from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
-from utils import ArgumentParser, human_time, lock, log, run
+from utils import ArgumentParser, download, human_time, lock, log, run
 
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 BUNDLED = Path(__file__).parent / "data" / "sonnets.txt"
-TIMEOUT, TRIES, PAUSE = 10, 3, 0.5  # of the download: seconds, number, seconds between two
 
 ON_HUB = ("openwebtext", "fineweb")
 NEEDS_HUB = "the hub and .parquet need more packages: pip install -r requirements-hub.txt"
@@ -125,49 +121,14 @@ def shakespeare(data_dir) -> tuple[str, Path]:
     if path.exists():
         return path.name, path
     try:
-        content = download(SHAKESPEARE, SHAKESPEARE_SHA256)
+        download(SHAKESPEARE, SHAKESPEARE_SHA256, path)
     except ValueError as problem:
         log(
             f"tiny Shakespeare cannot be downloaded ({problem}): using {BUNDLED.name}, which is "
             f"here; to change to it later, put it at {path} and add --overwrite"
         )
         return BUNDLED.name, BUNDLED
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
     return path.name, path
-
-
-def download(address, sha256) -> bytes:
-    """What is at address; ValueError saying why not, after a few tries."""
-    for attempt in range(TRIES):
-        try:
-            return _fetch(address, sha256)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            is_status = isinstance(error, urllib.error.HTTPError)
-            problem = error if is_status else getattr(error, "reason", error)
-        if attempt < TRIES - 1:
-            time.sleep(PAUSE)
-    raise ValueError(problem)
-
-
-def _fetch(address, sha256):
-    parts = []
-    with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
-        size = int(response.headers.get("Content-Length") or 0)
-        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
-            while block := response.read(1 << 16):
-                parts.append(block)
-                bar.update(len(block))
-    content = b"".join(parts)
-    if len(content) < size:
-        raise ValueError(f"cut short, {len(content):,} of {size:,} bytes came")
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"another text came, {len(content):,} bytes with a wrong sha256")
-    return content
 
 
 def describe(name, path) -> dict:

@@ -5,6 +5,8 @@ import contextlib
 import ctypes
 import datetime
 import difflib
+import hashlib
+import http.client
 import json
 import math
 import os
@@ -13,6 +15,8 @@ import re
 import sys
 import time
 import traceback
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import filelock
@@ -231,6 +235,53 @@ def _read_records(path):
             with contextlib.suppress(json.JSONDecodeError):  # a kill may leave half a line
                 records.append(json.loads(line))
     return records
+
+
+# ---------------------------------------------------------------- downloads
+
+TIMEOUT, TRIES, PAUSE = 10, 3, 0.5  # of a download: seconds, number, seconds between two
+
+
+def download(address: str, sha256: str, path: Path):
+    """Put what is at address at path, whole or not at all; ValueError saying why not, after a few
+    tries. For files that fit in memory.
+    """
+    for attempt in range(TRIES):
+        try:
+            content = _fetch(address, sha256)
+            break
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            is_status = isinstance(error, urllib.error.HTTPError)
+            problem = error if is_status else getattr(error, "reason", error)
+        if attempt == TRIES - 1:
+            raise ValueError(problem)
+        time.sleep(PAUSE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _fetch(address, sha256):
+    parts = []
+    with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
+        size = int(response.headers.get("Content-Length") or 0)
+        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+            while block := response.read(1 << 16):
+                parts.append(block)
+                bar.update(len(block))
+    content = b"".join(parts)
+    if len(content) < size:
+        raise ValueError(f"cut short, {len(content):,} of {size:,} bytes came")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"another file came, {len(content):,} bytes with a wrong sha256")
+    return content
 
 
 # ---------------------------------------------------------------- locks

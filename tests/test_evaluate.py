@@ -653,7 +653,7 @@ def test_examples_are_downloaded_once_and_kept(published, tmp_path, capsys):
 @pytest.mark.parametrize(
     "answer, problem",
     [
-        ({"body": LINES[:1000], "length": len(LINES)}, "1000 bytes read"),
+        ({"body": LINES[:1000], "length": len(LINES)}, "1,000 of 2,080 bytes"),
         ({"body": b"<html>please log in</html>"}, "26 bytes with a wrong sha256"),
         ({"status": 404, "body": b"no"}, "404"),
         (None, "refused"),

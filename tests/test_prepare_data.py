@@ -524,7 +524,7 @@ def offline(monkeypatch, tmp_path):
     """No proxy between us and 127.0.0.1, no waiting, and PLAY in place of Shakespeare's."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(prepare_data, "PAUSE", 0)
+    monkeypatch.setattr(utils, "PAUSE", 0)
     monkeypatch.setattr(prepare_data, "SHAKESPEARE", "http://127.0.0.1:9/refused")
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
     monkeypatch.chdir(tmp_path)
