@@ -19,6 +19,7 @@ from config import GPT2Config
 # While it is multiplied, the output matrix gets rows up to a multiple of this, which tensor cores
 # want: 50,304 instead of 50,257.
 PADDING = {"cuda": 64}
+MOST_SCORES = 2**25  # numbers that a layer of plain attention may keep for going backward
 FEW = 256  # tokens for which copying the matrix would cost more than it brings
 
 
@@ -48,21 +49,33 @@ class CausalSelfAttention(nn.Module):
 
 
 def attention(q, k, v, mask, dropout, causal):
-    """Scaled dot-product attention, in the precision that is fastest for it.
+    """Scaled dot-product attention, in the way that is fastest for it: (B, H, T, D).
 
     mask: None, or what broadcasts to (B, H, T, S): True where a token may look, or a number to add.
-    A CPU's bf16 kernel takes twice the time of its float32 one for training on up to 512 tokens,
-    and three times for a single token that looks at 1,000 (whose cache is float32 then).
+    A CPU's fused kernel saves memory, not time: in bf16 plain products take half of it, as long as
+    the scores (B, H, T, S) are few. For a single token, which looks at a cache in float32, the
+    fused one is right.
     """
-    short = q.shape[2] <= 512 or k.dtype == torch.float32
-    dtype = q.dtype
-    if q.device.type == "cpu" and dtype == torch.bfloat16 and short:
-        q, k, v = q.float(), k.float(), v.float()
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
+    dtype, on_cpu_in_bf16 = q.dtype, q.device.type == "cpu" and q.dtype == torch.bfloat16
     with torch.autocast(q.device.type, enabled=False):
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        if on_cpu_in_bf16 and q.shape[2] > 1 and q[..., 0].numel() * k.shape[2] <= MOST_SCORES:
+            return plain_attention(q, k.to(dtype), v.to(dtype), mask, dropout, causal)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(k.dtype)
+        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout, is_causal=causal)
     return y.to(dtype)
+
+
+def plain_attention(q, k, v, mask, dropout, causal):
+    """attention by its formula (Vaswani et al. 2017), for more than one token."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if causal:
+        mask = q.new_full((q.shape[2], k.shape[2]), -math.inf, dtype=wide).triu_(1)  # (T, S)
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=wide).masked_fill_(~mask, -math.inf)
+    scores = torch.add(mask, q @ k.mT, alpha=1 / math.sqrt(q.shape[-1]))  # (B, H, T, S)
+    weights = F.softmax(scores, dim=-1).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
 
 
 # ---------------------------------------------------------------- positions

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import model as model_file
 from config import GPT2_CONFIGS, GPT2Config, apply_preset
-from model import GPT2, KVCache, context_limit, context_start
+from model import GPT2, KVCache, context_limit, context_start, plain_attention
 
 POSITIONS = ["learned", "rope", "alibi"]
 
@@ -203,6 +203,23 @@ def test_bfloat16_attention_on_a_cpu_stays_close_to_float32(position):
     with torch.autocast("cpu", torch.bfloat16):
         rough, _ = model(idx)
     assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["causal", "bool", "number"])
+def test_plain_attention_is_torchs(kind):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    causal, mask = kind == "causal", None
+    if kind == "bool":
+        mask = torch.rand(2, 1, 9, 9) < 0.5
+        mask[..., 0] = True
+    elif kind == "number":
+        mask = torch.randn(1, 4, 9, 9, dtype=torch.float64)
+    ours = plain_attention(q, k, v, mask, 0.0, causal)
+    theirs = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    assert (ours - theirs).abs().max() < 1e-12
+    dropped = plain_attention(q, k, torch.ones_like(v), mask, 0.25, causal)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.1) and dropped.std() > 0.1
 
 
 # ---------------------------------------------------------------- the cache
