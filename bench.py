@@ -32,7 +32,7 @@ import torch
 import checkpoint
 from config import GPT2_CONFIGS, GPT2Config, apply_preset
 from data import TokenDataset, validation_starts, windows_at
-from generate import Sampling, fit_for_rows, generate_ids, new_cache
+from generate import Sampling, decoder, generate_ids, new_cache
 from model import GPT2
 from optim import learning_rate, make_optimizer, optimizer_state
 from utils import ArgumentParser, autocast, log, pick_device, pick_dtype, run, set_up_device
@@ -355,11 +355,14 @@ def late_over_early(options, early=100, late=1000, tokens=20):
         for position in seconds:
             cache = new_cache(model, 1)
             model(torch.zeros(1, position, dtype=torch.int64, device=config.device), cache=cache)
+            decode, token = (
+                decoder(model, cache),
+                torch.zeros(1, dtype=torch.int64).to(config.device),
+            )
+            decode(token)
             start = time.perf_counter()
             for _ in range(tokens):
-                token = torch.zeros(1, 1, dtype=torch.int64, device=config.device)
-                with fit_for_rows(1, torch.device(config.device)):
-                    model(token, cache=cache)[0].argmax().item()
+                decode(token).argmax().item()
             seconds[position].append(time.perf_counter() - start)
     return statistics.median(seconds[late]) / statistics.median(seconds[early])
 
@@ -508,7 +511,7 @@ def main(argv=None) -> int:
     add("--steps", type=int, default=1, metavar="N", help="training steps a sample (1)")
     add("--samples", type=int, default=5, metavar="N", help="turns of each contender (5)")
     add("--streams", type=int, default=1, metavar="N", help="texts generated at once (1)")
-    add("--new_tokens", type=int, default=100, metavar="N", help="tokens a text (100)")
+    add("--new_tokens", type=int, default=200, metavar="N", help="tokens a text (200)")
     add("--nanogpt_share", type=int, default=1, metavar="N", help="nanoGPT makes 1/N of them (1)")
     add("--megabytes", type=int, default=200, metavar="N", help="of text to prepare (200)")
     add("--to_loss", type=float, metavar="X", help="train: seconds to this validation loss")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from config import DTYPES
 from convert import load_model
@@ -180,10 +181,11 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
 
 def decoder(model, cache):
     """A function from the newest tokens (B,), which the cache takes up, to logits (B, V)."""
-    device = cache.idx.device
+    device, rows = cache.idx.device, len(cache.lengths)
+    packed = pack_linears(model, rows) if device.type == "cpu" else {}
 
     def decode(new):
-        with fit_for_rows(len(new), device):
+        with fast_linears(packed, rows, device):
             return model(new[:, None], cache=cache)[0][:, -1]
 
     if device.type != "cuda" or torch.is_autocast_enabled("cuda"):
@@ -227,18 +229,41 @@ class GraphedDecoder:
         self.cache.truncate(lengths)
 
 
+def pack_linears(model, rows) -> dict:
+    """For each linear layer of a bf16 model on a CPU a function with its weights in the order in
+    which oneDNN multiplies them fastest with so many rows: half the time for eight. Costs the
+    weights' memory again. Empty where there is no oneDNN for bf16.
+    """
+    weight = next(model.parameters())
+    if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return {}
+    oneDNN = torch.ops.mkldnn
+    if not oneDNN._is_mkldnn_bf16_supported():
+        return {}
+
+    def packed(layer):
+        weight, bias = oneDNN._reorder_linear_weight(layer.weight, rows), layer.bias
+        return lambda x: oneDNN._linear_pointwise(x, weight, bias, "none", [], "")
+
+    return {layer: packed(layer) for layer in model.modules() if isinstance(layer, nn.Linear)}
+
+
 @contextlib.contextmanager
-def fit_for_rows(rows, device):
-    """A CPU multiplies a single row faster without oneDNN, which arranges the weights anew for each
-    product; several rows are worth it.
+def fast_linears(packed, rows, device):
+    """Linear layers as they are fastest on a CPU: packed, or for a single row without oneDNN, which
+    would arrange the weights anew for each product.
     """
     was_enabled = torch.backends.mkldnn.enabled
     try:
-        if rows == 1 and device.type == "cpu":
+        for layer, multiply in packed.items():
+            layer.__dict__["forward"] = multiply
+        if not packed and rows == 1 and device.type == "cpu":
             torch.backends.mkldnn.enabled = False
         yield
     finally:
         torch.backends.mkldnn.enabled = was_enabled
+        for layer in packed:
+            del layer.__dict__["forward"]
 
 
 def new_cache(model, rows):

@@ -160,6 +160,24 @@ def test_cached_is_uncached_and_a_row_is_its_prompt_alone_past_block_size(temper
     assert cached == [columns(model, [prompt], sampling)[0] for prompt in PROMPTS]
 
 
+def test_packed_weights_multiply_as_before_and_leave_no_trace():
+    model = tiny_model(len(ALPHABET)).bfloat16()
+    cache = generate.new_cache(model, 3)
+    packed = generate.pack_linears(model, 3)
+    if not packed:
+        pytest.skip("no oneDNN for bfloat16 on this CPU")
+    assert len(packed) == 2 * 4 + 1  # each linear layer once, the head too
+    x = torch.randn(3, 1, 16).bfloat16()
+    with torch.inference_mode():
+        for layer, multiply in packed.items():
+            some = x if layer.in_features == 16 else x.repeat(1, 1, 4)
+            assert (multiply(some) - layer(some)).abs().max() < 0.02 * layer(some).abs().max()
+        logits = generate.decoder(model, cache)(torch.tensor([1, 2, 3]))
+        expected = model(torch.tensor([[1], [2], [3]]))[0][:, 0]
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 class ReplayedOnACPU(generate.GraphedDecoder):
     """The step that a CUDA graph would repeat, called instead."""
 
