@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import sys
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -229,10 +230,14 @@ class GraphedDecoder:
         self.cache.truncate(lengths)
 
 
+PACKED = weakref.WeakKeyDictionary()  # model: what its packed weights were made from, and they
+
+
 def pack_linears(model, rows) -> dict:
     """For each linear layer of a bf16 model on a CPU a function with its weights in the order in
     which oneDNN multiplies them fastest with so many rows: half the time for eight. Costs the
-    weights' memory again. Empty where there is no oneDNN for bf16.
+    weights' memory again, for as long as the model lives and keeps its weights. Empty where there
+    is no oneDNN for bf16.
     """
     weight = next(model.parameters())
     if weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
@@ -241,11 +246,16 @@ def pack_linears(model, rows) -> dict:
     if not oneDNN._is_mkldnn_bf16_supported():
         return {}
 
-    def packed(layer):
-        weight, bias = oneDNN._reorder_linear_weight(layer.weight, rows), layer.bias
-        return lambda x: oneDNN._linear_pointwise(x, weight, bias, "none", [], "")
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    made_from = rows, [(layer.weight.data_ptr(), layer.weight._version) for layer in layers]
+    if PACKED.get(model, (None,))[0] != made_from:
+        PACKED[model] = made_from, {layer: _packed(oneDNN, layer, rows) for layer in layers}
+    return PACKED[model][1]
 
-    return {layer: packed(layer) for layer in model.modules() if isinstance(layer, nn.Linear)}
+
+def _packed(oneDNN, layer, rows):
+    weight, bias = oneDNN._reorder_linear_weight(layer.weight, rows), layer.bias
+    return lambda x: oneDNN._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @contextlib.contextmanager

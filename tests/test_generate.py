@@ -176,6 +176,10 @@ def test_packed_weights_multiply_as_before_and_leave_no_trace():
         expected = model(torch.tensor([[1], [2], [3]]))[0][:, 0]
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
     assert not any("forward" in vars(module) for module in model.modules())
+    assert generate.pack_linears(model, 3) is packed
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight.mul_(2)
+    assert generate.pack_linears(model, 3) is not packed
 
 
 class ReplayedOnACPU(generate.GraphedDecoder):
