@@ -87,8 +87,8 @@ def train(
     resume insists on a checkpoint, fresh sets an earlier run's aside; start is a checkpoint's dict
     whose weights a new run begins with (see start_from); eval_only measures the validation loss,
     {"step": ..., "val_loss": ...}, and changes nothing. Under torchrun all processes call it alike.
-    Raises ValueError for what the user can mend, CheckpointError, OSError (could not
-    write), NonFiniteError, Interrupted, PeerError.
+    Raises ValueError for what the user can mend, CheckpointError, OSError (could not write),
+    NonFiniteError, Interrupted, PeerError.
     """
     settings.validate(config)
     if config.gradient_accumulation_steps % world_size():
@@ -106,11 +106,9 @@ def train(
     with process_group(device, config.peer_timeout) as group, StopSignals(group) as stop:
         check_alike(config, dataset)
         with share_lock(folder):
-            state = (
-                None
-                if fresh
-                else share_from_first(lambda: find_checkpoint(config, dataset, resume))
-            )
+            state = None
+            if not fresh:
+                state = share_from_first(lambda: find_checkpoint(config, dataset, resume))
             trainer = Trainer(config, dataset, state, stop, start)
             trainer.describe(why)
             if eval_only:
@@ -145,9 +143,8 @@ class Trainer:
             config.vocab_size,
         )
         self.micro_steps = config.gradient_accumulation_steps // world_size()
-        self.tokens_per_step = (
-            config.batch_size * config.gradient_accumulation_steps * config.block_size
-        )
+        sequences = config.batch_size * config.gradient_accumulation_steps
+        self.tokens_per_step = sequences * config.block_size
         self.step, self.best_val_loss, self.run_name = 0, None, None
         self.skipped, self.finite = 0, None
         self.pretrained = start is not None
