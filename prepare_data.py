@@ -47,7 +47,7 @@ from data import (
     save_progress,
     write_dataset,
 )
-from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
+from tokenizer import KINDS, BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
 from utils import ArgumentParser, download, human_time, lock, log, run
 
 SHAKESPEARE = (
@@ -654,12 +654,18 @@ def unfinished(data_dir, sources, settings, overwrite) -> dict | None:
     return progress
 
 
+def ready_tokenizer(options):
+    """The tokenizer, where none has to be made of the text; else None."""
+    if options.given is None and options.tokenizer == "gpt2":
+        return GPT2Tokenizer()
+    return options.given
+
+
 def unfinished_tokenizer(path, options, fetch):
     """The tokenizer at path; it is put there first, a bpe trained on the first file."""
     if not path.exists():
-        if options.tokenizer == "gpt2":
-            tokenizer = GPT2Tokenizer()
-        else:
+        tokenizer = ready_tokenizer(options)
+        if tokenizer is None:
             batches = (texts for _, _, texts in read_parquet(fetch(0), 0))
             text = (raw.decode("utf-8", "replace") for texts in batches for raw in texts if raw)
             tokenizer = train_bpe(text, options.vocab_size)
@@ -739,16 +745,17 @@ def adopt(data_dir) -> dict:
     return adopt_dataset(data_dir, GPT2Tokenizer(), {"dataset": "adopted", "tokenizer": "gpt2"})
 
 
-def prepare_file(path, tokenizer_kind: str, data_dir) -> dict:
-    """For `train.py --data FILE`: prepare it unless it is there already, and return the meta."""
-    return prepare(
-        parse([f"--input={path}", f"--tokenizer={tokenizer_kind}", f"--data_dir={data_dir}"])
-    )
+def prepare_file(path, tokenizer: str, data_dir) -> dict:
+    """For `train.py --data FILE`: prepare it unless it is there already, and return the meta.
+
+    tokenizer: a kind, or the path of a tokenizer.json.
+    """
+    return prepare(parse([f"--input={path}", f"--tokenizer={tokenizer}", f"--data_dir={data_dir}"]))
 
 
 def tokenize(text, options):
     """Both splits for write_dataset, and the tokenizer."""
-    tokenizer = GPT2Tokenizer() if options.tokenizer == "gpt2" else None  # first: it may not be had
+    tokenizer = ready_tokenizer(options)  # first: it may not be had
     characters = set() if options.tokenizer == "char" else None
     total = count(text, characters)
     say_replaced(text.replaced)
@@ -835,7 +842,11 @@ def parse(argv):
     add("--dataset", choices=["shakespeare", "custom", *ON_HUB], help="custom for an --input")
     add("--name", help="part of fineweb: sample-10BT (if not given), sample-100BT, default ...")
     add("--input", nargs="+", metavar="PATH", help=f"{FORMS}, or folders")
-    add("--tokenizer", choices=["char", "bpe", "gpt2"], help="char for shakespeare, else gpt2")
+    add(
+        "--tokenizer",
+        metavar="KIND",
+        help="char (for shakespeare), gpt2 (else), bpe, or a tokenizer.json",
+    )
     add("--vocab_size", type=int, metavar="N", help=f"of bpe; {BPE_VOCAB_SIZE} if not given")
     add("--val_fraction", type=float, metavar="F", help="0.1; of openwebtext and fineweb 0.0005")
     add("--data_dir", metavar="DIR", help="where to write; ./data/<dataset> if not given")
@@ -848,6 +859,11 @@ def parse(argv):
     on_hub = options.dataset in ON_HUB
     if options.tokenizer is None:
         options.tokenizer = "char" if options.dataset == "shakespeare" else "gpt2"
+    options.given = None
+    if options.tokenizer not in KINDS and Path(options.tokenizer).is_file():
+        options.given = load_tokenizer(options.tokenizer)
+        kind = options.given.kind  # gpt2 is gpt2, wherever it comes from
+        options.tokenizer = kind if kind == "gpt2" else f"{kind} {options.given.hash()}"
     if options.val_fraction is None:
         options.val_fraction = 0.0005 if on_hub else 0.1
     if found := problems(options):
@@ -872,6 +888,8 @@ def problems(options) -> list[str]:
         found.append(f"--input is not for --dataset {options.dataset}; use --dataset custom")
     if options.name is not None and options.dataset != "fineweb":
         found.append(f"--name {options.name}: only for --dataset fineweb")
+    if options.tokenizer not in KINDS and options.given is None:
+        found.append(f"--tokenizer {options.tokenizer}: neither {', '.join(KINDS)} nor a file")
     if options.vocab_size is not None and options.tokenizer != "bpe":
         found.append(f"--vocab_size {options.vocab_size}: only for --tokenizer bpe")
     if options.vocab_size is not None and options.vocab_size < 257:

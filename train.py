@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -670,20 +671,14 @@ class StopSignals:
 
 def main(argv=None) -> int:
     options, config, chosen = parse(argv)
-    if options.data is not None:
-        if world_size() > 1:
-            raise ValueError(
-                f"--data {options.data}: not under torchrun; first `python prepare_data.py --input "
-                f"{options.data}`, then torchrun with --data_dir"
-            )
-        kind = options.tokenizer or "gpt2"
-        if "data_dir" not in chosen:
-            config.data_dir = f"./data/{Path(options.data).stem}-{kind}"
-            chosen.add("data_dir")
-        prepare_file(options.data, kind, config.data_dir)
     start = None
     if options.init_from != "scratch":
         config, start = start_from(options.init_from, config, chosen)
+    if options.data is not None:
+        config.data_dir = prepare_for(
+            options, config.data_dir if "data_dir" in chosen else None, start
+        )
+        chosen.add("data_dir")
     config = with_preset(config, chosen, start)
     try:
         last = train(config, options.resume, options.fresh, start, options.eval_only)
@@ -697,6 +692,27 @@ def main(argv=None) -> int:
         model, tokenizer = load_model(str(best), config.device)
         print(sample_text(model, tokenizer, options.prompt, options.max_new_tokens))
     return 0
+
+
+def prepare_for(options, data_dir, start) -> str:
+    """Prepare --data in data_dir, or in a folder named after it, and give the folder's name.
+
+    With --tokenizer, else with that of the model to start from, else with gpt2's.
+    """
+    if world_size() > 1:
+        raise ValueError(
+            f"--data {options.data}: not under torchrun; first `python prepare_data.py --input "
+            f"{options.data}`, then torchrun with --data_dir"
+        )
+    kind = tokenizer = options.tokenizer or "gpt2"
+    with tempfile.TemporaryDirectory() as aside:
+        if start is not None and start["tokenizer"] and options.tokenizer is None:
+            kind, tokenizer = start["tokenizer"]["kind"], Path(aside) / "tokenizer.json"
+            load_tokenizer(start["tokenizer"]).save(tokenizer)
+            kind = kind if kind == "gpt2" else f"{kind}-as-given"
+        data_dir = data_dir or f"./data/{Path(options.data).stem}-{kind}"
+        prepare_file(options.data, tokenizer, data_dir)
+    return data_dir
 
 
 OUT_OF_MEMORY = (
@@ -714,7 +730,7 @@ def parse(argv):
     parser = ArgumentParser(prog="train.py", description="Train GPT-2.", epilog=EXAMPLES)
     parser.add_argument("--config", metavar="FILE", help="settings as JSON, as a run writes them")
     parser.add_argument("--data", metavar="FILE", help="prepare this text and train on it")
-    parser.add_argument("--tokenizer", choices=["char", "bpe", "gpt2"], help="for --data: gpt2")
+    parser.add_argument("--tokenizer", choices=["char", "bpe", "gpt2"], help=TOKENIZER)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="insist on going on from a checkpoint")
     how.add_argument("--fresh", action="store_true", help="set an earlier run aside, start anew")
@@ -748,6 +764,7 @@ INIT_FROM = (
     "begin with the weights of a checkpoint, of a Hugging Face folder, or of gpt2, gpt2-medium, "
     "gpt2-large, gpt2-xl or org/name from the hub; scratch: with random ones"
 )
+TOKENIZER = "for --data; if not given, that of the model to start from, else gpt2"
 EXAMPLES = "example: train.py --data novel.txt --tokenizer char --n_layer 6 --compile false"
 
 

@@ -700,6 +700,23 @@ def test_init_from_what_does_not_fit_is_one_line(config, tmp_path, capsys, more,
     assert not Path(config.checkpoint_dir).exists()
 
 
+def test_init_from_reads_new_text_with_the_models_tokenizer(config, tmp_path, monkeypatch):
+    path = pretrained(config, tmp_path / "other")
+    text = tmp_path / "fox.txt"
+    text.write_text("the lazy fox jumps over the quick brown dog. " * 60, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    small = ["--device", "cpu", "--max_iters", "3", "--data", str(text)]
+    assert run(training.main, [*small, "--init_from", str(path)]) == 0
+    dataset = training.TokenDataset(tmp_path / "data" / "fox-char-as-given")
+    model_s = load_tokenizer(checkpoint.load(path)["tokenizer"])
+    assert dataset.meta["tokenizer"]["sha256"] == model_s.hash()
+    assert model_s.decode(dataset.train[:8].tolist()) == "the lazy"
+    assert run(training.main, [*small, "--init_from", str(path), "--max_iters", "5"]) == 0
+    text.write_text("ünknown " * 60, "utf-8")
+    other = [*small[:-1], str(text), "--data_dir", str(tmp_path / "u"), "--init_from", str(path)]
+    assert run(training.main, other) == 2  # a character that the model has never seen
+
+
 def test_init_from_a_model_of_another_vocabulary_is_refused(config, tmp_path, capsys):
     text = tmp_path / "other.txt"
     text.write_text("abc " * 500, "utf-8")
