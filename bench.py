@@ -5,12 +5,15 @@
     python bench.py generate --nanogpt DIR --streams 8
     python bench.py prepare --nanogpt DIR --megabytes 200
     python bench.py save                                   # a checkpoint against a training step
+    python bench.py train --processes 1,2                  # what several processes gain
+    python bench.py plan --preset gpt2-xl --gpus 64 --gpu h100   # memory, steps, days; runs nothing
 
 DIR is a checkout of karpathy/nanoGPT; transformers takes part where it is installed. Each contender
 lives in a process of its own and does one sample when it is its turn: A B A B ... Medians are
 printed as a table, then everything as one line of JSON (--save FILE keeps it).
 """
 
+import bisect
 import contextlib
 import importlib.util
 import json
@@ -18,6 +21,7 @@ import math
 import multiprocessing
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,14 +32,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from config import GPT2_CONFIGS, GPT2Config, apply_preset
+from config import (
+    FIELD_TYPES,
+    GPT2_CONFIGS,
+    GPT2Config,
+    add_flags,
+    apply_preset,
+    edited_fields,
+    parse_values,
+    problems,
+    to_dict,
+)
 from data import TokenDataset, validation_starts, windows_at
 from generate import Sampling, decoder, generate_ids, new_cache
 from model import GPT2
 from optim import learning_rate, make_optimizer, optimizer_state
-from utils import ArgumentParser, autocast, log, pick_device, pick_dtype, run, set_up_device
+from utils import (
+    PEAK_FLOPS,
+    ArgumentParser,
+    autocast,
+    log,
+    pick_device,
+    pick_dtype,
+    process_group,
+    run,
+    set_up_device,
+    world_size,
+)
 
 HERE = Path(__file__).parent
 # nanoGPT's README, "I only have a macbook": the recipe for a CPU
@@ -45,44 +71,70 @@ RECIPE = {"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, "dropout":
 # ---------------------------------------------------------------- taking turns
 
 
-def take_turns(contenders: dict, samples: int, options) -> dict:
+def take_turns(contenders: dict, samples: int, options, processes: dict | None = None) -> dict:
     """Let each contender (name -> function of options that gives a function for one sample) warm
     up, then take `samples` turns. For each: seconds and units of its samples, peak memory in MB.
+
+    processes: name -> how many of them share the contender's work, as torchrun would start them.
     """
-    context = multiprocessing.get_context("spawn")
     workers = {}
     for name, setup in contenders.items():
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_worker, args=(setup, options, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        workers[name] = ours, process
+        workers[name] = _start(setup, options, 1 if processes is None else processes[name])
     results = {name: {"seconds": [], "units": []} for name in contenders}
     for turn in range(-1, samples):  # turn -1 is the warm-up
-        for name, (pipe, _) in workers.items():
-            pipe.send("go")
-            units, seconds = pipe.recv()
+        for name, members in workers.items():
+            answers = _ask(members, "go")
+            units, seconds = answers[0][0], max(seconds for _, seconds in answers)
             if turn >= 0:
                 results[name]["units"].append(units)
                 results[name]["seconds"].append(seconds)
                 log(f"{name}: {units / seconds:,.1f} a second")
-    for name, (pipe, process) in workers.items():
-        pipe.send("end")
-        results[name]["peak_mb"] = pipe.recv()
-        process.join()
+    for name, members in workers.items():
+        peaks = _ask(members, "end")
+        results[name]["peak_mb"] = None if None in peaks else max(peaks)
+        for _, process in members:
+            process.join()
     return results
 
 
-def _worker(setup, options, pipe):
-    sample = setup(options)
+def _start(setup, options, count):
+    """`count` processes that find each other; for each the pipe to it and its handle."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    members = []
+    for rank in range(count):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ours, theirs = context.Pipe()
+        arguments = setup, options, theirs, {name: str(value) for name, value in place.items()}
+        process = context.Process(target=_worker, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        members.append((ours, process))
+    return members
+
+
+def _ask(members, word):
+    """What each of the processes answers to a word sent to all."""
+    for pipe, _ in members:
+        pipe.send(word)
+    return [pipe.recv() for pipe, _ in members]
+
+
+def _worker(setup, options, pipe, place):
+    os.environ.update(place)
     device, _ = pick_device(options.device)
-    while pipe.recv() == "go":
-        start = time.perf_counter()
-        units = sample()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        pipe.send((units, time.perf_counter() - start))
-    pipe.send(_peak_mb(device))
+    with process_group(device):
+        sample = setup(options)
+        while pipe.recv() == "go":
+            start = time.perf_counter()
+            units = sample()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            pipe.send((units, time.perf_counter() - start))
+        pipe.send(_peak_mb(device))
 
 
 def _peak_mb(device):
@@ -140,14 +192,18 @@ def random_batch(config, device):
     return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
 
 
-def ours_training(options):
-    """Training steps as train.py makes them: forward, backward, clip, update."""
+def our_training(options):
+    """Our config, device, model and optimizer, and a random batch."""
     config = our_config(options)
     device = torch.device(config.device)
     set_up_device(device)
     model = GPT2(config).to(device)
-    optimizer = make_optimizer(model, config)
-    x, y = random_batch(config, device)
+    return config, device, model, make_optimizer(model, config), random_batch(config, device)
+
+
+def ours_training(options):
+    """Training steps as train.py makes them: forward, backward, clip, update."""
+    config, device, model, optimizer, (x, y) = our_training(options)
     forward = torch.compile(model) if device.type == "cuda" else model
     return training_sample(model, forward, optimizer, x, y, autocast(device, config.dtype), options)
 
@@ -169,16 +225,21 @@ def nanogpt_training(options):
     return training_sample(model, forward, optimizer, x, y, autocast(device, dtype), options)
 
 
-def training_sample(model, forward, optimizer, x, y, precision, options):
+def training_sample(model, forward, optimizer, x, y, precision, options, micro_steps=1):
+    """Steps of micro_steps batches; several processes exchange gradients in the last of them."""
+
     def sample():
         for _ in range(options.steps):
-            with precision:
-                _, loss = forward(x, y)
-            loss.backward()
+            for micro_step in range(micro_steps):
+                wait = isinstance(forward, DistributedDataParallel) and micro_step < micro_steps - 1
+                with forward.no_sync() if wait else contextlib.nullcontext():
+                    with precision:
+                        _, loss = forward(x, y)
+                    (loss / micro_steps).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return options.steps * x.numel()
+        return options.steps * micro_steps * world_size() * x.numel()
 
     return sample
 
@@ -186,6 +247,8 @@ def training_sample(model, forward, optimizer, x, y, precision, options):
 def bench_train(options):
     if options.to_loss is not None:
         return bench_to_loss(options)
+    if options.processes:
+        return bench_processes(options)
     contenders = {"ours": ours_training}
     if options.nanogpt:
         contenders["nanoGPT"] = nanogpt_training
@@ -197,6 +260,60 @@ def bench_train(options):
     for result in results.values():
         result["utilisation"] = rate(result) * flops / peak
     return {"unit": "tokens", "gemm_peak_flops": peak, "results": results}
+
+
+# ---------------------------------------------------------------- train with several processes
+
+
+def bench_processes(options):
+    """The same step shared by 1, 2 ... processes (ddp). Efficiency: the tokens/s of n processes
+    over n times those of one, or of the fewest.
+
+    On a CPU every process has as many threads as the largest number of them leaves it, one alone
+    too: else one would have all the cores already and nothing could be gained.
+    """
+    log(f"{threads_each(options)} threads in each process")
+    names = {f"{n} process{'es' * (n > 1)}": n for n in options.processes}
+    contenders = dict.fromkeys(names, shared_training)
+    results = take_turns(contenders, options.samples, options, names)
+    first = min(names, key=names.get)
+    for name, result in results.items():
+        share = rate(result) / names[name]
+        result["efficiency"] = share / (rate(results[first]) / names[first])
+    return {"unit": "tokens", "threads_each": threads_each(options), "results": results}
+
+
+def threads_each(options) -> int:
+    return max(1, os.cpu_count() // max(options.processes))
+
+
+def shared_training(options):
+    """Training steps of as many batches as any of the numbers of processes divides."""
+    torch.set_num_threads(threads_each(options))
+    config, device, model, optimizer, (x, y) = our_training(options)
+    forward = torch.compile(model) if device.type == "cuda" else model
+    if world_size() > 1:
+        forward = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    micro_steps = math.lcm(*options.processes) // world_size()
+    precision = autocast(device, config.dtype)
+    return training_sample(model, forward, optimizer, x, y, precision, options, micro_steps)
+
+
+def parse_counts(text: str) -> list[int]:
+    """'1,2' -> [1, 2]"""
+    return [int(part) for part in text.split(",")]
+
+
+def check_processes(options):
+    device, _ = pick_device(options.device)
+    there = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count()
+    kind = "GPUs" if device.type == "cuda" else "cores"
+    counts = options.processes
+    if options.work != "train" or min(counts) < 1 or max(counts) > there:
+        raise ValueError(
+            f"--processes {','.join(map(str, counts))}: numbers from 1 to {there}, the {kind} of "
+            "this machine, for bench.py train"
+        )
 
 
 # ---------------------------------------------------------------- train to a loss
@@ -421,12 +538,7 @@ def time_process(command):
 
 def bench_save(options):
     """Seconds to save a whole checkpoint, and seconds of a training step, in turns."""
-    config = our_config(options)
-    device = torch.device(config.device)
-    set_up_device(device)
-    model = GPT2(config).to(device)
-    optimizer = make_optimizer(model, config)
-    x, y = random_batch(config, device)
+    config, device, model, optimizer, (x, y) = our_training(options)
     step = training_sample(model, model, optimizer, x, y, autocast(device, config.dtype), options)
     step()
     results = {"save": {"seconds": [], "units": []}, "step": {"seconds": [], "units": []}}
@@ -447,6 +559,265 @@ def bench_save(options):
     return {"unit": "saves or steps", "checkpoint_mb": size, "results": results}
 
 
+# ---------------------------------------------------------------- plan
+
+# --gpu -> its name in PEAK_FLOPS, GB of memory. The makers' round figures, some 7 % below what the
+# cards have: that is left to CUDA, NCCL and the allocator. All of them compute in bf16.
+GPUS = {
+    "h200": ("H200", 141),
+    "h100": ("H100", 80),
+    "h100-pcie": ("H100 PCIe", 80),
+    "a100": ("A100", 80),
+    "a100-40gb": ("A100", 40),
+    "l40s": ("L40S", 48),
+    "rtx4090": ("RTX 4090", 24),
+    "rtx3090": ("RTX 3090", 24),
+    "cpu": (None, None),
+}
+MFU = 0.3  # from published runs, see docs/scaling.md
+
+
+def plan_main(argv) -> int:
+    options, config, columns = plan_arguments(argv)
+    report = {"work": "plan", "options": vars(options) | {"config": to_dict(config)}}
+    report |= bench_plan(options, config, columns)
+    return show(report, plan_table(report), options.save)
+
+
+def plan_arguments(argv):
+    """Options, the config that they describe, and the ways of sharing the work to plan for.
+
+    Raises ValueError with a line for each problem.
+    """
+    parser = ArgumentParser(prog="bench.py plan", description="What a run will need.")
+    add = parser.add_argument
+    add("--gpus", type=int, default=8, metavar="N", help="one process each (8)")
+    add("--gpu", default="h100", choices=list(GPUS), help="their kind (h100)")
+    add("--tokens", type=float, metavar="N", help="to train on (what --max_iters makes)")
+    add("--mfu", type=float, default=MFU, metavar="X", help=f"share of the peak ({MFU})")
+    add("--save", metavar="FILE", help="write the JSON here too")
+    add_flags(parser.add_argument_group("settings, those of train.py (--preset gpt2)"))
+    options = parser.parse_args(argv)
+    taken = [name for name in FIELD_TYPES if getattr(options, name) is not None]
+    values, found = parse_values({name: getattr(options, name) for name in taken})
+    for name in FIELD_TYPES:
+        delattr(options, name)
+    preset = apply_preset(
+        GPT2Config(), GPT2_CONFIGS.get(values.get("preset", "gpt2"), {}), edited_fields()
+    )
+    config = replace(preset, **values)
+    if config.dtype is None:
+        cpu = options.gpu == "cpu"
+        config.dtype = pick_dtype(torch.device("cpu")) if cpu else "bfloat16"
+    found += problems(config) + plan_problems(options)
+    if not found:
+        config = sharing(config, preset, options.gpus, "gradient_accumulation_steps" in values)
+    if found:
+        raise ValueError("\n".join(found))
+    one_way = "parallel" in values or options.gpus == 1 or config.dtype == "float16"
+    return options, config, (config.parallel,) if one_way else ("ddp", "fsdp")
+
+
+def plan_problems(options) -> list[str]:
+    found = []
+    if options.gpus < 1:
+        found.append(f"--gpus {options.gpus}: must be at least 1")
+    if not 0 < options.mfu <= 1:
+        found.append(f"--mfu {options.mfu}: must be more than 0 and at most 1")
+    if options.tokens is not None and not 1 <= options.tokens < math.inf:
+        found.append(f"--tokens {options.tokens:g}: must be at least 1")
+    return found
+
+
+def sharing(config, preset, gpus, chosen) -> GPT2Config:
+    """config with micro-batches that the GPUs can share: unless chosen, the fewest that make a step
+    no smaller than the preset's.
+    """
+    if chosen and config.gradient_accumulation_steps % gpus:
+        raise ValueError(
+            f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: counts over all "
+            f"processes and is not divisible by {gpus} of them"
+        )
+    if chosen:
+        return config
+    sequences = preset.batch_size * preset.gradient_accumulation_steps
+    rounds = math.ceil(sequences / (config.batch_size * gpus))
+    return replace(config, gradient_accumulation_steps=rounds * gpus)
+
+
+def bench_plan(options, config, columns) -> dict:
+    """Memory, steps and days of a run by the formulas of docs/scaling.md; nothing is run."""
+    name, gigabytes = GPUS[options.gpu]
+    with torch.device("meta"):
+        model = GPT2(config)
+    tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
+    steps = config.max_iters if options.tokens is None else math.ceil(options.tokens / tokens)
+    speed = None
+    if name is not None and config.dtype in ("bfloat16", "float16"):
+        flops = model.flops_per_token() * (4 / 3 if config.activation_checkpointing else 1)
+        speed = options.gpus * options.mfu * PEAK_FLOPS[name] / flops
+    return {
+        "gpu_gb": gigabytes,
+        "parameters": model.num_params(),
+        "tokens_per_step": tokens,
+        "steps": steps,
+        "tokens": steps * tokens,
+        "tokens_per_second": speed,
+        "days": speed and steps * tokens / speed / 86400,
+        "memory": {
+            parallel: memory_plan(replace(config, parallel=parallel), model, options)
+            for parallel in columns
+        },
+    }
+
+
+def memory_plan(config, model, options) -> dict:
+    """What a GPU holds at the fullest moment, in bytes, and the largest batch that would fit."""
+    gigabytes = GPUS[options.gpu][1]
+
+    def total(batch_size):
+        one = replace(config, batch_size=batch_size)
+        return sum(fullest_moment(one, model, options.gpus)[1].values())
+
+    moment, rows = fullest_moment(config, model, options.gpus, options.gpu == "cpu")
+    plan = {"moment": moment, "rows": rows, "bytes": sum(rows.values())}
+    if gigabytes is not None:
+        plan["fits"] = plan["bytes"] <= gigabytes * 1e9
+        plan["largest_batch_size"] = bisect.bisect(range(1, 4097), gigabytes * 1e9, key=total)
+    return plan
+
+
+def fullest_moment(config, model, processes, on_cpu=False) -> tuple[str, dict[str, int]]:
+    """The moment of a run at which a device holds most, and what it holds then, in bytes."""
+    moments = memory_moments(config, model, processes, on_cpu)
+    name = max(moments, key=lambda name: sum(moments[name].values()))
+    return name, {row: round(size) for row, size in moments[name].items()}
+
+
+def memory_moments(config, model, processes, on_cpu=False) -> dict[str, dict[str, float]]:
+    """Bytes on a device at each moment that may be the fullest of a run: {moment: {row: bytes}}.
+
+    Names and formulas are those of docs/scaling.md; long, because it is one list of them.
+    """
+    w, h = widths(config)
+    B, T, C, V, L = (
+        getattr(config, name)
+        for name in ("batch_size", "block_size", "n_embd", "vocab_size", "n_layer")
+    )
+    N, E, M = model.num_params(), V * C, 12 * L * C * C
+    K = sum(p.numel() for p in model.transformer.h[0].parameters())
+    sharded = processes > 1 and config.parallel == "fsdp"
+    again = config.activation_checkpointing
+    share = 1 / processes if sharded else 1
+
+    optimizer = w * (2 * N - M * (config.optimizer == "muon"))
+    # DDP's buckets stay; gradients that add up over micro-batches do so beside them
+    buckets = w * N if processes > 1 and not sharded else 0
+    before = buckets + w * N * (config.gradient_accumulation_steps > processes)
+    after = before or w * N * share
+    waits = E * (h if sharded else w)  # wte's gradient by the output layer, for the embedding's
+    copies = h * (N - L * K + 2 * K) if sharded else h * (M + E) * (h < w)
+    block = block_activations(config, w, h, sharded, on_cpu)
+    inputs = L * B * T * C * (h if sharded else w)
+    kept = end_activations(config, w, h, on_cpu) + (inputs if again else L * block)
+    flow = B * T * C * (w + 5 * h)
+    numbers, f = B * T * V, max(4, h)
+    saved = h * E if again and not sharded else copies
+
+    columns = ("gradients", "weights in use", "activations", "logits and loss")
+    moments = {
+        "forward": (before, copies, kept, numbers * (h + 2 * f)),
+        "loss": (before, saved, kept, numbers * (h + 3 * f)),
+        "last block": (before + waits, saved, kept + block * again + flow, numbers * h),
+        "embedding": (after + waits * (2 if before else 1), saved / L, block + flow, numbers * h),
+        "update": (after, 0, 0, 0),
+    }
+    always = {"weights": w * N * share, "optimizer": optimizer * share}
+    moments = {name: always | dict(zip(columns, row, strict=True)) for name, row in moments.items()}
+    if config.optimizer == "muon":
+        half = 2 if config.dtype == "bfloat16" else w
+        moments["update"]["orthogonalizing"] = M * (w + max(w, (w + 4 * half) / 3))
+    if sharded:
+        moments["saving"] = always | {"the whole state": w * N + optimizer}
+    return moments
+
+
+def widths(config) -> tuple[int, int]:
+    """Bytes of a weight, and of a number that passes between layers."""
+    wide = 8 if config.dtype == "float64" else 4
+    return wide, 2 if config.dtype in ("bfloat16", "float16") else wide
+
+
+def block_activations(config, w, h, sharded, on_cpu) -> float:
+    """Bytes that a block keeps for its backward pass."""
+    B, T, C, H = config.batch_size, config.block_size, config.n_embd, config.n_head
+    residual = h if sharded and on_cpu else w  # CUDA's autocast has layer norms in float32
+    a_token = C * (2 * residual + 10 * h) + 4 * (4 + H)
+    if on_cpu and config.dropout:  # no fused kernel: three tables of T x T
+        a_token += C * h + max(4, h) * 3 * (C + H * T)
+    elif attends_in_float32(config, h, on_cpu):
+        a_token += C * (h + 16)
+    else:
+        a_token += C * h * (7 if config.position == "rope" else 4)
+    if config.dropout:
+        a_token += C * 2 * (h if on_cpu else 1)
+    own_mask = config.position == "alibi" and h < w and not attends_in_float32(config, h, on_cpu)
+    return B * T * a_token + H * T * T * h * own_mask
+
+
+def end_activations(config, w, h, on_cpu) -> float:
+    """Bytes kept outside of the blocks: the embedding's dropout, ALiBi's mask, the last norm."""
+    B, T, C = config.batch_size, config.block_size, config.n_embd
+    dropped = (w if on_cpu else 1) if config.dropout else 0
+    one_mask = config.position == "alibi" and (h == w or attends_in_float32(config, h, on_cpu))
+    return B * T * C * (w + h + dropped) + 4 * config.n_head * T * T * one_mask
+
+
+def attends_in_float32(config, h, on_cpu) -> bool:
+    """See model.attention."""
+    return on_cpu and h == 2 and config.block_size <= 512
+
+
+def plan_table(report) -> str:
+    """A column for each way of sharing the work, a row for each thing that takes memory."""
+    plans, cells = report["memory"], {}
+    for row in dict.fromkeys(row for plan in plans.values() for row in plan["rows"]):
+        cells[row] = [f"{plan['rows'].get(row, 0) / 1e9:.2f}" for plan in plans.values()]
+    cells["in all"] = [f"{plan['bytes'] / 1e9:.2f}" for plan in plans.values()]
+    cells["fullest moment"] = [plan["moment"] for plan in plans.values()]
+    if report["gpu_gb"] is not None:
+        fits = [plan["fits"] for plan in plans.values()]
+        cells[f"fits {report['gpu_gb']} GB"] = ["yes" if fit else "no" for fit in fits]
+        cells["largest batch_size"] = [plan["largest_batch_size"] for plan in plans.values()]
+    lines = [f"{row:22}" + "".join(f"{cell:>13}" for cell in line) for row, line in cells.items()]
+    header = f"{'GB a process':22}" + "".join(f"{name:>13}" for name in plans)
+    return "\n".join([plan_summary(report), "", header, *lines])
+
+
+def plan_summary(report) -> str:
+    options, config = report["options"], report["options"]["config"]
+    rounds = config["gradient_accumulation_steps"] // options["gpus"]
+    lines = [
+        f"{report['parameters']:,} parameters, {options['gpus']} x {options['gpu']}, "
+        f"{config['dtype']}, {config['optimizer']}",
+        f"{report['steps']:,} steps of {report['tokens_per_step']:,} tokens, {report['tokens']:,} "
+        "in all",
+        f"a step: {options['gpus']} processes, {rounds} times {config['batch_size']} sequences of "
+        f"{config['block_size']} each (--batch_size {config['batch_size']} "
+        f"--gradient_accumulation_steps {config['gradient_accumulation_steps']})",
+    ]
+    if report["days"] is not None:
+        lines.append(
+            f"{report['days']:.2f} days at {report['tokens_per_second']:,.0f} tokens/s, assuming "
+            f"that the model uses {options['mfu']:g} of the peak (--mfu)"
+        )
+    if options["gpu"] == "cpu":
+        lines.append(
+            "a process has more: Python, PyTorch, and freed memory that it keeps for later use"
+        )
+    return "\n".join(lines)
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -457,15 +828,18 @@ def rate(result) -> float:
 
 
 def table(report) -> str:
-    """A row a contender: its rate, how many times ours is faster, memory, utilisation."""
+    """A row a contender: its rate, how many times ours is faster, memory, utilisation (of several
+    processes: their efficiency).
+    """
     results = report["results"]
     if report["unit"] == "seconds":
         rows = [f"{name:14}{result['seconds_to_loss']}" for name, result in results.items()]
         return "\n".join([f"seconds to validation loss {report['to_loss']}", *rows])
     first = rate(next(iter(results.values())))
-    lines = [f"{'':14}{report['unit'] + '/s':>14}{'first / this':>14}{'peak MB':>10}{'util':>7}"]
+    share = "efficiency" if "threads_each" in report else "utilisation"
+    lines = [f"{'':14}{report['unit'] + '/s':>14}{'first / this':>14}{'peak MB':>10}{share[:5]:>7}"]
     for name, result in results.items():
-        peak, used = result.get("peak_mb"), result.get("utilisation")
+        peak, used = result.get("peak_mb"), result.get(share)
         lines.append(
             f"{name:14}{rate(result):>14,.2f}{first / rate(result):>14.2f}"
             f"{'n/a' if peak is None else format(peak, ',.0f'):>10}"
@@ -499,8 +873,20 @@ WORK = {
 }
 
 
+def show(report, text, save) -> int:
+    line = json.dumps(report, default=str)
+    if save:
+        Path(save).write_text(line + "\n", "utf-8")
+    print(f"{text}\n{line}")
+    return 0
+
+
 def main(argv=None) -> int:
-    parser = ArgumentParser(prog="bench.py", description="Measure speed side by side.")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["plan"]:
+        return plan_main(argv[1:])
+    epilog = "bench.py plan has flags of its own: bench.py plan --help"
+    parser = ArgumentParser(prog="bench.py", description="Measure speed.", epilog=epilog)
     add = parser.add_argument
     add("work", choices=list(WORK))
     add("--nanogpt", metavar="DIR", help="a checkout of karpathy/nanoGPT to compare with")
@@ -514,6 +900,12 @@ def main(argv=None) -> int:
     add("--new_tokens", type=int, default=200, metavar="N", help="tokens a text (200)")
     add("--nanogpt_share", type=int, default=1, metavar="N", help="nanoGPT makes 1/N of them (1)")
     add("--megabytes", type=int, default=200, metavar="N", help="of text to prepare (200)")
+    add(
+        "--processes",
+        type=parse_counts,
+        metavar="1,2",
+        help="train: speed with so many, one by one",
+    )
     add("--to_loss", type=float, metavar="X", help="train: seconds to this validation loss")
     add("--data_dir", default="./data/shakespeare", metavar="DIR", help="for --to_loss")
     add("--flags", nargs="*", default=[], metavar="F", help="for train.py under --to_loss")
@@ -525,13 +917,11 @@ def main(argv=None) -> int:
         raise ValueError(f"--nanogpt {options.nanogpt}: no model.py in it")
     if min(options.samples, options.steps, options.streams, options.batch_size) < 1:
         raise ValueError("--samples, --steps, --streams and --batch_size must be at least 1")
+    if options.processes:
+        check_processes(options)
     report = {"work": options.work, "machine": machine(options), "options": vars(options).copy()}
     report |= WORK[options.work](options)
-    text = json.dumps(report, default=str)
-    if options.save:
-        Path(options.save).write_text(text + "\n", "utf-8")
-    print(f"{table(report)}\n{text}")
-    return 0
+    return show(report, table(report), options.save)
 
 
 if __name__ == "__main__":
