@@ -48,7 +48,7 @@ from config import (
 )
 from data import TokenDataset, validation_starts, windows_at
 from generate import Sampling, decoder, generate_ids, new_cache
-from model import GPT2
+from model import GPT2, MOST_SCORES
 from optim import learning_rate, make_optimizer, optimizer_state
 from utils import (
     PEAK_FLOPS,
@@ -753,15 +753,15 @@ def block_activations(config, w, h, sharded, on_cpu) -> float:
     B, T, C, H = config.batch_size, config.block_size, config.n_embd, config.n_head
     residual = h if sharded and on_cpu else w  # CUDA's autocast has layer norms in float32
     a_token = C * (2 * residual + 10 * h) + 4 * (4 + H)
-    if on_cpu and config.dropout:  # no fused kernel: three tables of T x T
+    if attends_plainly(config, on_cpu):  # probabilities, in float32 and in h
+        a_token += C * 4 * h + H * (T * (4 + h * (2 if config.dropout else 1)) - 4)
+    elif on_cpu and config.dropout:  # no fused kernel: three tables of T x T
         a_token += C * h + max(4, h) * 3 * (C + H * T)
-    elif attends_in_float32(config, h, on_cpu):
-        a_token += C * (h + 16)
     else:
         a_token += C * h * (7 if config.position == "rope" else 4)
     if config.dropout:
         a_token += C * 2 * (h if on_cpu else 1)
-    own_mask = config.position == "alibi" and h < w and not attends_in_float32(config, h, on_cpu)
+    own_mask = config.position == "alibi" and h < w and not attends_plainly(config, on_cpu)
     return B * T * a_token + H * T * T * h * own_mask
 
 
@@ -769,13 +769,14 @@ def end_activations(config, w, h, on_cpu) -> float:
     """Bytes kept outside of the blocks: the embedding's dropout, ALiBi's mask, the last norm."""
     B, T, C = config.batch_size, config.block_size, config.n_embd
     dropped = (w if on_cpu else 1) if config.dropout else 0
-    one_mask = config.position == "alibi" and (h == w or attends_in_float32(config, h, on_cpu))
+    one_mask = config.position == "alibi" and h == w
     return B * T * C * (w + h + dropped) + 4 * config.n_head * T * T * one_mask
 
 
-def attends_in_float32(config, h, on_cpu) -> bool:
+def attends_plainly(config, on_cpu) -> bool:
     """See model.attention."""
-    return on_cpu and h == 2 and config.block_size <= 512
+    scores = config.batch_size * config.n_head * config.block_size**2
+    return on_cpu and config.dtype == "bfloat16" and scores <= MOST_SCORES
 
 
 def plan_table(report) -> str:

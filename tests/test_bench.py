@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT
 
 import bench
+import model as model_file
 import prepare_data
 import train as training
 from config import GPT2Config, to_dict
@@ -132,7 +133,7 @@ def test_the_largest_batch_that_plan_names_fits_and_the_next_does_not(capsys):
     assert largest["fits"] and not next_one["fits"] and size > 1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype, plain", [("float32", 0), ("bfloat16", 0), ("bfloat16", 2**24)])
 @pytest.mark.parametrize(
     "change",
     [
@@ -144,8 +145,10 @@ def test_the_largest_batch_that_plan_names_fits_and_the_next_does_not(capsys):
     ],
     ids=str,
 )
-def test_plan_knows_what_a_block_keeps_for_its_backward_pass(dtype, change):
+def test_plan_knows_what_a_block_keeps_for_its_backward_pass(dtype, plain, change, monkeypatch):
     """Against autograd's own list, on a CPU: two layers keep that much more than one."""
+    for module in (bench, model_file):
+        monkeypatch.setattr(module, "MOST_SCORES", plain)
     config = GPT2Config(vocab_size=50, block_size=100, n_head=2, n_embd=64, dtype=dtype)
     config = replace(config, batch_size=3, **change)
     kept = [bytes_kept(replace(config, n_layer=layers)) for layers in (1, 2)]
