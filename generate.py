@@ -247,6 +247,8 @@ def pack_linears(model, rows) -> dict:
         return {}
 
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if layers[0].weight.is_inference():  # whether it changes cannot be seen
+        return {layer: _packed(oneDNN, layer, rows) for layer in layers}
     made_from = rows, [(layer.weight.data_ptr(), layer.weight._version) for layer in layers]
     if PACKED.get(model, (None,))[0] != made_from:
         PACKED[model] = made_from, {layer: _packed(oneDNN, layer, rows) for layer in layers}

@@ -19,7 +19,7 @@ from config import GPT2Config
 # While it is multiplied, the output matrix gets rows up to a multiple of this, which tensor cores
 # want: 50,304 instead of 50,257.
 PADDING = {"cuda": 64}
-MOST_SCORES = 2**24  # a layer of plain attention keeps 6 bytes of each for going backward
+MOST_SCORES = 2**23  # a layer of plain attention keeps 6 bytes of each for going backward
 FEW = 256  # tokens for which copying the matrix would cost more than it brings
 
 

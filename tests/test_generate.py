@@ -180,6 +180,8 @@ def test_packed_weights_multiply_as_before_and_leave_no_trace():
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.weight.mul_(2)
     assert generate.pack_linears(model, 3) is not packed
+    with torch.inference_mode():
+        assert generate.pack_linears(tiny_model(len(ALPHABET)).bfloat16(), 3)
 
 
 class ReplayedOnACPU(generate.GraphedDecoder):
