@@ -54,6 +54,7 @@ from utils import (
     PEAK_FLOPS,
     ArgumentParser,
     autocast,
+    human_time,
     log,
     pick_device,
     pick_dtype,
@@ -299,21 +300,17 @@ def shared_training(options):
     return training_sample(model, forward, optimizer, x, y, precision, options, micro_steps)
 
 
-def parse_counts(text: str) -> list[int]:
-    """'1,2' -> [1, 2]"""
-    return [int(part) for part in text.split(",")]
-
-
-def check_processes(options):
-    device, _ = pick_device(options.device)
-    there = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count()
-    kind = "GPUs" if device.type == "cuda" else "cores"
-    counts = options.processes
+def parse_processes(options):
+    """--processes "1,2" as [1, 2]; ValueError for what this machine cannot run."""
+    cuda = pick_device(options.device)[0].type == "cuda"
+    there = torch.cuda.device_count() if cuda else os.cpu_count()
+    counts = [int(part) if part.isdecimal() else 0 for part in options.processes.split(",")]
     if options.work != "train" or min(counts) < 1 or max(counts) > there:
         raise ValueError(
-            f"--processes {','.join(map(str, counts))}: numbers from 1 to {there}, the {kind} of "
-            "this machine, for bench.py train"
+            f"--processes {options.processes}: for bench.py train, numbers from 1 to {there} with "
+            f"commas between them (this machine's {'GPUs' if cuda else 'cores'})"
         )
+    return counts
 
 
 # ---------------------------------------------------------------- train to a loss
@@ -672,26 +669,34 @@ def bench_plan(options, config, columns) -> dict:
 
 
 def memory_plan(config, model, options) -> dict:
-    """What a GPU holds at the fullest moment, in bytes, and the largest batch that would fit."""
+    """What a GPU holds, and the largest batch_size with which it would fit."""
     gigabytes = GPUS[options.gpu][1]
 
     def total(batch_size):
-        one = replace(config, batch_size=batch_size)
-        return sum(fullest_moment(one, model, options.gpus)[1].values())
+        return peak_memory(replace(config, batch_size=batch_size), model, options.gpus)["bytes"]
 
-    moment, rows = fullest_moment(config, model, options.gpus, options.gpu == "cpu")
-    plan = {"moment": moment, "rows": rows, "bytes": sum(rows.values())}
+    plan = peak_memory(config, model, options.gpus, on_cpu=options.gpu == "cpu")
     if gigabytes is not None:
         plan["fits"] = plan["bytes"] <= gigabytes * 1e9
         plan["largest_batch_size"] = bisect.bisect(range(1, 4097), gigabytes * 1e9, key=total)
     return plan
 
 
-def fullest_moment(config, model, processes, on_cpu=False) -> tuple[str, dict[str, int]]:
-    """The moment of a run at which a device holds most, and what it holds then, in bytes."""
+def peak_memory(config, model, processes, on_cpu=False) -> dict:
+    """What a device holds at the fullest moment of a step, in bytes, by row and in all; how much
+    while a checkpoint is saved; and the larger of both.
+    """
     moments = memory_moments(config, model, processes, on_cpu)
-    name = max(moments, key=lambda name: sum(moments[name].values()))
-    return name, {row: round(size) for row, size in moments[name].items()}
+    totals = {moment: round(sum(rows.values())) for moment, rows in moments.items()}
+    saving = totals.pop("saving")
+    moment = max(totals, key=totals.get)
+    return {
+        "rows": {row: round(size) for row, size in moments[moment].items()},
+        "moment": moment,
+        "step_bytes": totals[moment],
+        "saving_bytes": saving,
+        "bytes": max(totals[moment], saving),
+    }
 
 
 def memory_moments(config, model, processes, on_cpu=False) -> dict[str, dict[str, float]]:
@@ -737,9 +742,8 @@ def memory_moments(config, model, processes, on_cpu=False) -> dict[str, dict[str
     if config.optimizer == "muon":
         half = 2 if config.dtype == "bfloat16" else w
         moments["update"]["orthogonalizing"] = M * (w + max(w, (w + 4 * half) / 3))
-    if sharded:
-        moments["saving"] = always | {"the whole state": w * N + optimizer}
-    return moments
+    together = {"put together": w * N + optimizer} if sharded else {}  # in every process
+    return moments | {"saving": always | together}
 
 
 def widths(config) -> tuple[int, int]:
@@ -784,8 +788,9 @@ def plan_table(report) -> str:
     plans, cells = report["memory"], {}
     for row in dict.fromkeys(row for plan in plans.values() for row in plan["rows"]):
         cells[row] = [f"{plan['rows'].get(row, 0) / 1e9:.2f}" for plan in plans.values()]
-    cells["in all"] = [f"{plan['bytes'] / 1e9:.2f}" for plan in plans.values()]
-    cells["fullest moment"] = [plan["moment"] for plan in plans.values()]
+    cells["a step in all"] = [f"{plan['step_bytes'] / 1e9:.2f}" for plan in plans.values()]
+    cells["saving"] = [f"{plan['saving_bytes'] / 1e9:.2f}" for plan in plans.values()]
+    cells["fullest in a step"] = [plan["moment"] for plan in plans.values()]
     if report["gpu_gb"] is not None:
         fits = [plan["fits"] for plan in plans.values()]
         cells[f"fits {report['gpu_gb']} GB"] = ["yes" if fit else "no" for fit in fits]
@@ -809,8 +814,9 @@ def plan_summary(report) -> str:
     ]
     if report["days"] is not None:
         lines.append(
-            f"{report['days']:.2f} days at {report['tokens_per_second']:,.0f} tokens/s, assuming "
-            f"that the model uses {options['mfu']:g} of the peak (--mfu)"
+            f"{report['days']:.2f} days ({human_time(report['days'] * 86400)}) at "
+            f"{report['tokens_per_second']:,.0f} tokens/s, assuming an MFU of {options['mfu']:g} "
+            "(--mfu)"
         )
     if options["gpu"] == "cpu":
         lines.append(
@@ -901,12 +907,7 @@ def main(argv=None) -> int:
     add("--new_tokens", type=int, default=200, metavar="N", help="tokens a text (200)")
     add("--nanogpt_share", type=int, default=1, metavar="N", help="nanoGPT makes 1/N of them (1)")
     add("--megabytes", type=int, default=200, metavar="N", help="of text to prepare (200)")
-    add(
-        "--processes",
-        type=parse_counts,
-        metavar="1,2",
-        help="train: speed with so many, one by one",
-    )
+    add("--processes", metavar="1,2", help="train: the speed of so many, one after the other")
     add("--to_loss", type=float, metavar="X", help="train: seconds to this validation loss")
     add("--data_dir", default="./data/shakespeare", metavar="DIR", help="for --to_loss")
     add("--flags", nargs="*", default=[], metavar="F", help="for train.py under --to_loss")
@@ -919,7 +920,7 @@ def main(argv=None) -> int:
     if min(options.samples, options.steps, options.streams, options.batch_size) < 1:
         raise ValueError("--samples, --steps, --streams and --batch_size must be at least 1")
     if options.processes:
-        check_processes(options)
+        options.processes = parse_processes(options)
     report = {"work": options.work, "machine": machine(options), "options": vars(options).copy()}
     report |= WORK[options.work](options)
     return show(report, table(report), options.save)
