@@ -52,28 +52,36 @@ def attention(q, k, v, mask, dropout, causal):
     """Scaled dot-product attention, in the way that is fastest for it: (B, H, T, D).
 
     mask: None, or what broadcasts to (B, H, T, S): True where a token may look, or a number to add.
-    A CPU's fused kernel saves memory, not time: in bf16 plain products take half of it, as long as
-    the scores (B, H, T, S) are few. For a single token, which looks at a cache in float32, the
-    fused one is right.
+    A CPU's fused kernel saves memory, not time. In bf16 plain products take half of it, as long as
+    the scores (B, H, T, S) are few; a single token that looks far back at a cache in float32 gains
+    a fifth.
     """
-    dtype, on_cpu_in_bf16 = q.dtype, q.device.type == "cpu" and q.dtype == torch.bfloat16
-    with torch.autocast(q.device.type, enabled=False):
-        if on_cpu_in_bf16 and q.shape[2] > 1 and q[..., 0].numel() * k.shape[2] <= MOST_SCORES:
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return attention(q, k, v, mask, dropout, causal)
+    dtype, T, S = q.dtype, q.shape[2], k.shape[2]
+    if q.device.type == "cpu" and dtype == torch.bfloat16:
+        if T > 1 and q[..., 0].numel() * S <= MOST_SCORES:
             return plain_attention(q, k.to(dtype), v.to(dtype), mask, dropout, causal)
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(k.dtype)
-        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout, is_causal=causal)
+        if T == 1 and mask is None and S > 256 and k.dtype == torch.float32:
+            return plain_attention(q.float(), k, v, None, dropout, False).to(dtype)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(k.dtype)
+    y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout, is_causal=causal)
     return y.to(dtype)
 
 
 def plain_attention(q, k, v, mask, dropout, causal):
-    """attention by its formula (Vaswani et al. 2017), for more than one token."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    """attention by its formula (Vaswani et al. 2017)."""
+    wide, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[-1])
     if causal:
         mask = q.new_full((q.shape[2], k.shape[2]), -math.inf, dtype=wide).triu_(1)  # (T, S)
-    elif mask.dtype == torch.bool:
+    elif mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=wide).masked_fill_(~mask, -math.inf)
-    scores = torch.add(mask, q @ k.mT, alpha=1 / math.sqrt(q.shape[-1]))  # (B, H, T, S)
+    if mask is None:
+        scores = (k @ (q * scale).mT).mT  # (B, H, T, S)
+    else:
+        scores = torch.add(mask, q @ k.mT, alpha=scale)
     weights = F.softmax(scores, dim=-1).to(q.dtype)
     return F.dropout(weights, dropout) @ v
 

@@ -205,7 +205,7 @@ def test_bfloat16_attention_on_a_cpu_stays_close_to_float32(position):
     assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["causal", "bool", "number"])
+@pytest.mark.parametrize("kind", ["causal", "bool", "number", "none"])
 def test_plain_attention_is_torchs(kind):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64, requires_grad=True)
