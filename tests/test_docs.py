@@ -1,7 +1,9 @@
 """The documents: their links lead somewhere, and the names and flags in them exist."""
 
 import ast
+import contextlib
 import functools
+import io
 import re
 from pathlib import Path
 
@@ -39,7 +41,7 @@ COMMAND = re.compile(
 
 def links(path):
     """Where the links and pictures of a page lead, those to other sites left out."""
-    found = re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", path.read_text("utf-8")))
+    found = re.findall(r'(?:\]\(|src=")([^)"\s]+)[)"]', BLOCK.sub("", path.read_text("utf-8")))
     return [link for link in found if not re.match(r"https?:", link)]
 
 
@@ -55,10 +57,14 @@ def names_to_read(path):
         yield from ((file, name) for name in re.findall(r"`([\w.]+)`", names))
 
 
+def source(file):
+    return (ROOT / f"{file}.py").read_text("utf-8")
+
+
 @functools.cache
 def defined_in(file):
     """The functions, classes, methods (as Class.method) and constants of a file."""
-    return set(definitions(ast.parse((ROOT / f"{file}.py").read_text("utf-8"))))
+    return set(definitions(ast.parse(source(file))))
 
 
 def definitions(tree):
@@ -71,19 +77,13 @@ def definitions(tree):
             yield from (f"{node.name}.{m.name}" for m in methods if isinstance(m, ast.FunctionDef))
 
 
-@pytest.fixture(scope="module")
-def flags():
+@functools.cache
+def flags(script, *subcommand):
     """The flags in the help of a script, or of one of its subcommands."""
-    known = {}
-
-    def of(script, arguments, capsys):
-        if (script, *arguments) not in known:
-            with pytest.raises(SystemExit):
-                PARSERS[script]([*arguments, "--help"])
-            known[script, *arguments] = set(re.findall(r"--\w+", capsys.readouterr().out))
-        return known[script, *arguments]
-
-    return of
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        PARSERS[script]([*subcommand, "--help"])
+    return set(re.findall(r"--\w+", text.getvalue()))
 
 
 @each_page
@@ -96,26 +96,35 @@ def test_links_lead_somewhere(path):
 
 
 @each_page
-def test_commands_have_only_flags_that_exist(path, flags, capsys):
+def test_commands_have_only_flags_that_exist(path):
     for script, rest in COMMAND.findall(path.read_text("utf-8")):
         words = rest.replace("\\\n", " ").split()
         subcommand = words[:1] if script in ("convert", "bench") else []
         used = {word.split("=")[0] for word in words if word.startswith("--")}
-        assert used <= flags(script, subcommand, capsys), f"{script}.py{rest}"
+        assert used <= flags(script, *subcommand), f"{script}.py{rest}"
 
 
 @each_tour
-def test_the_tour_names_what_the_files_define(path):
+def test_what_a_tour_asks_to_read_is_there(path):
     found = set(names_to_read(path))
     assert {file for file, _ in found} >= {*PARSERS, "model", "data", "optim"} - {"bench"}
-    unknown = [(file, name) for file, name in found if name not in defined_in(file)]
-    assert not unknown
+    assert not [(file, name) for file, name in found if name not in defined_in(file)]
+
+
+@each_tour
+def test_other_names_in_a_tour_occur_in_the_code(path):
+    files = [file.stem for file in ROOT.glob("*.py")]
+    defined = set().union(*map(defined_in, files))
+    words = {word for file in files for word in re.findall(r"\w+", source(file))}
+    for name in re.findall(r"`([A-Za-z_][\w.]*)`", path.read_text("utf-8")):
+        is_method = "." in name and name.split(".")[0] in defined and name[0].isupper()
+        assert name in defined if is_method else set(name.split(".")) <= words, name
 
 
 def test_both_tours_lead_the_same_way():
     assert list(names_to_read(TOURS[0])) == list(names_to_read(TOURS[1]))
     english, chinese = (path.read_text("utf-8") for path in TOURS)
-    for pattern in (r"^#+ (?:\d+)?", r"\]\((?!#|tour)[^)]+\)", r"`[^`\n]+`"):
+    for pattern in (r"^#+ (?:\d+)?", r"(?:\]\((?!#|tour)|src=)[^)\s]+", r"`[^`\n]+`"):
         in_each = [sorted(re.findall(pattern, BLOCK.sub("", t), re.M)) for t in (english, chinese)]
         assert in_each[0] == in_each[1]
     commands = [
