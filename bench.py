@@ -762,7 +762,7 @@ def block_activations(config, w, h, sharded, on_cpu) -> float:
     elif on_cpu and config.dropout:  # no fused kernel: three tables of T x T
         a_token += C * h + max(4, h) * 3 * (C + H * T)
     else:
-        a_token += C * h * (7 if config.position == "rope" else 4)
+        a_token += C * h * (6 if config.position == "rope" else 4)
     if config.dropout:
         a_token += C * 2 * (h if on_cpu else 1)
     own_mask = config.position == "alibi" and h < w and not attends_plainly(config, on_cpu)
@@ -770,17 +770,19 @@ def block_activations(config, w, h, sharded, on_cpu) -> float:
 
 
 def end_activations(config, w, h, on_cpu) -> float:
-    """Bytes kept outside of the blocks: the embedding's dropout, ALiBi's mask, the last norm."""
+    """Bytes kept outside of the blocks: the embedding's dropout, masks and angles, the last norm."""
     B, T, C = config.batch_size, config.block_size, config.n_embd
     dropped = (w if on_cpu else 1) if config.dropout else 0
     one_mask = config.position == "alibi" and h == w
-    return B * T * C * (w + h + dropped) + 4 * config.n_head * T * T * one_mask
+    angles = 8 * T * (C // config.n_head) * (config.position == "rope")
+    return B * T * C * (w + h + dropped) + 4 * config.n_head * T * T * one_mask + angles
 
 
 def attends_plainly(config, on_cpu) -> bool:
     """See model.attention."""
     scores = config.batch_size * config.n_head * config.block_size**2
-    return on_cpu and config.dtype == "bfloat16" and scores <= MOST_SCORES
+    few = MOST_SCORES * (2 if config.position == "alibi" else 1)
+    return on_cpu and config.dtype == "bfloat16" and scores <= few
 
 
 def plan_table(report) -> str:

@@ -34,12 +34,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask=None, angles=None, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        qk, v = self.c_attn(x).split([2 * C, C], dim=2)  # (B, T, 2C), (B, T, C)
+        qk = qk.view(B, T, 2 * self.n_head, -1).transpose(1, 2)  # (B, 2H, T, D)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            qk = rotate(qk, angles)
+        q, k = qk.chunk(2, dim=1)  # (B, H, T, D) each
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, H, S, D) each
         p = self.dropout if self.training else 0.0
@@ -61,7 +61,8 @@ def attention(q, k, v, mask, dropout, causal):
             return attention(q, k, v, mask, dropout, causal)
     dtype, T, S = q.dtype, q.shape[2], k.shape[2]
     if q.device.type == "cpu" and dtype == torch.bfloat16:
-        if T > 1 and q[..., 0].numel() * S <= MOST_SCORES:
+        few = MOST_SCORES if mask is None else 2 * MOST_SCORES  # the fused kernel dislikes masks
+        if T > 1 and q[..., 0].numel() * S <= few:
             return plain_attention(q, k.to(dtype), v.to(dtype), mask, dropout, causal)
         if T == 1 and mask is None and S > 256 and k.dtype == torch.float32:
             return plain_attention(q.float(), k, v, None, dropout, False).to(dtype)
@@ -90,24 +91,24 @@ def plain_attention(q, k, v, mask, dropout, causal):
 
 
 def rotary_angles(positions, head_size, dtype):
-    """Cosines and sines (..., T, D/2) by which `rotate` turns the pairs of channels of tokens at
-    positions (..., T): RoPE (Su et al. 2021).
+    """Cosines and signed sines (..., T, D) with which `rotate` turns pairs of channels of tokens
+    at positions (..., T): RoPE (Su et al. 2021).
     """
     dtype = torch.promote_types(dtype, torch.float32)
     channels = torch.arange(0, head_size, 2, device=positions.device, dtype=dtype)
     angles = positions[..., None] * 10000.0 ** (-channels / head_size)  # (..., T, D/2)
     if angles.ndim == 3:  # rows with positions of their own
         angles = angles[:, None]  # (B, 1, T, D/2)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, angles):
-    """x (B, H, T, D), the pair of channels i and i + D/2 turned by the position's angle i, so that
-    the product of a query and a key depends on their distance alone.
+    """x (B, any, T, D), channels i and i + D/2 turned together by an angle that grows with the
+    position, so that the product of a query and a key depends on their distance alone.
     """
     cos, sin = angles
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 def distance_penalty(positions, seen, n_head):
