@@ -770,7 +770,7 @@ def block_activations(config, w, h, sharded, on_cpu) -> float:
 
 
 def end_activations(config, w, h, on_cpu) -> float:
-    """Bytes kept outside of the blocks: the embedding's dropout, masks and angles, the last norm."""
+    """Bytes kept outside of blocks: the embedding's dropout, masks and angles, the last norm."""
     B, T, C = config.batch_size, config.block_size, config.n_embd
     dropped = (w if on_cpu else 1) if config.dropout else 0
     one_mask = config.position == "alibi" and h == w
