@@ -469,10 +469,8 @@ def late_over_early(options, early=100, late=1000, tokens=20):
         for position in seconds:
             cache = new_cache(model, 1)
             model(torch.zeros(1, position, dtype=torch.int64, device=config.device), cache=cache)
-            decode, token = (
-                decoder(model, cache),
-                torch.zeros(1, dtype=torch.int64).to(config.device),
-            )
+            decode = decoder(model, cache)
+            token = torch.zeros(1, dtype=torch.int64, device=config.device)
             decode(token)
             start = time.perf_counter()
             for _ in range(tokens):

@@ -29,7 +29,7 @@ import config as settings
 from config import GPT2_CONFIGS, GPT2Config
 from convert import load_model, load_state
 from data import BatchSampler, TokenDataset
-from evaluate import mean_loss
+from evaluate import mean_loss, to
 from generate import sample_text
 from model import GPT2
 from optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, whole
@@ -273,9 +273,7 @@ class Trainer:
         self.raw_model.zero_grad(set_to_none=True)
 
     def to_device(self, batch):
-        if self.device.type != "cuda":
-            return [tensor.to(self.device) for tensor in batch]
-        return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch]
+        return [to(tensor, self.device) for tensor in batch]
 
     def ask_finite(self, finite):
         """Send for the answer without waiting for it; on a CPU it is there at once."""

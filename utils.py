@@ -399,6 +399,8 @@ def _who_is_lost(store, error, seconds: float = 3) -> str:
     """Every process that comes here says so in the store: the others are lost."""
     reason = re.sub(r"\[/\S+\] ", "", str(error).strip().splitlines()[0])  # less file names
     reason = reason.split(". ")[0]
+    if store is None:
+        return f"the first process cannot be reached ({reason})"
     try:
         store.set(f"waiting {rank()}", "")
         until = time.monotonic() + seconds

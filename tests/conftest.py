@@ -1,5 +1,7 @@
 """What the tests share: where the code is, tiny data sets and configs, the GPT-2 vocabulary."""
 
+import contextlib
+import http.server
 import os
 import signal
 import socket
@@ -15,6 +17,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import utils  # noqa: E402
 from config import GPT2Config  # noqa: E402
 
 tqdm.set_lock(threading.RLock())  # tqdm shares its own with forks, and a killed one keeps it
@@ -67,6 +70,36 @@ def fork(function, *arguments):
             sys.stderr.flush()
             os._exit(code if isinstance(code, int) else 0)
     return pid
+
+
+@contextlib.contextmanager
+def server(name, body, status=200, length=None):
+    """The address of a file on this machine that is answered so, and what was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.send_header("Content-Length", str(length or len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}/{name}", asked
+        httpd.shutdown()
+
+
+@pytest.fixture
+def only_this_machine(monkeypatch):
+    """No proxy between us and 127.0.0.1, and no waiting before a download is tried again."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(utils, "PAUSE", 0)
 
 
 @pytest.fixture(scope="session")

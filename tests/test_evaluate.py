@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import http.server
 import json
 import math
 import os
@@ -10,20 +9,18 @@ import random
 import socket
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, server
 
 import checkpoint
-import config as settings
 import evaluate
-import utils
 from config import GPT2Config
+from convert import new_state
 from data import write_dataset
 from evaluate import Score, mean_loss
 from model import GPT2
@@ -114,19 +111,7 @@ def trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer, val, val_bytes = make_dataset(tmp_path / "data" / "hamlet", TEXT)
     model = tiny_model(tokenizer.vocab_size, data_dir="./data/hamlet")
-    state = {
-        "format": checkpoint.FORMAT,
-        "step": 3,
-        "best_val_loss": None,
-        "model": model.state_dict(),
-        "optimizer": {},
-        "scaler": {},
-        "rng": {},
-        "config": settings.to_dict(model.config),
-        "tokenizer": tokenizer.to_dict(),
-        "data_hash": None,
-        "run": None,
-    }
+    state = new_state(model.config, model.state_dict(), tokenizer) | {"step": 3}
     checkpoint.save(tmp_path / "checkpoints" / checkpoint.BEST, state)
     return model.double().eval(), val, val_bytes
 
@@ -606,40 +591,15 @@ def test_two_processes_get_what_one_gets(trained, tmp_path, capsys):
 LINES = (GOOD * 40).encode()
 
 
-@contextlib.contextmanager
-def server(status=200, body=LINES, length=None):
-    """An address on this machine that answers so, and what it was asked."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(status)
-            self.send_header("Content-Length", str(length or len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}/data/hellaswag_val.jsonl", asked
-        httpd.shutdown()
-
-
 @pytest.fixture
-def published(trained, monkeypatch):
-    """Say where HellaSwag is; no proxy stands between us and 127.0.0.1."""
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(utils, "PAUSE", 0)
+def published(trained, monkeypatch, only_this_machine):
+    """Say where HellaSwag is."""
     digest = hashlib.sha256(LINES).hexdigest()
     return lambda address: monkeypatch.setitem(evaluate.DOWNLOADS, "hellaswag", (address, digest))
 
 
 def test_examples_are_downloaded_once_and_kept(published, tmp_path, capsys):
-    with server() as (address, asked):
+    with server("hellaswag_val.jsonl", LINES) as (address, asked):
         published(address)
         assert cli("--task", "hellaswag", "--json") == 0
         assert cli("--task", "hellaswag", "--json") == 0
@@ -665,7 +625,7 @@ def test_examples_are_downloaded_once_and_kept(published, tmp_path, capsys):
 def test_a_download_that_fails_is_one_line_and_leaves_nothing(
     published, tmp_path, capsys, answer, problem
 ):
-    with server(**(answer or {})) as (address, _):
+    with server("hellaswag_val.jsonl", **{"body": LINES, **(answer or {})}) as (address, _):
         published(address if answer else "http://127.0.0.1:9/hellaswag_val.jsonl")
         assert cli("--task", "hellaswag") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
@@ -678,7 +638,7 @@ def test_a_disk_that_refuses_the_download_is_exit_4(published, monkeypatch, tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with server() as (address, _):
+    with server("hellaswag_val.jsonl", LINES) as (address, _):
         published(address)
         assert cli("--task", "hellaswag") == 4
     assert "No space left" in capsys.readouterr().err

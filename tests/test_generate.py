@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import checkpoint
-import config as settings
 import generate
 from config import GPT2Config
-from convert import load_model
+from convert import load_model, new_state
 from generate import Sampling, TextRow, batch_generate, generate_ids, generate_texts, sample_text
 from model import GPT2
 from tokenizer import BPETokenizer, CharTokenizer
@@ -34,18 +33,9 @@ def tiny_model(vocab_size, block_size=16, position="learned"):
 
 def save_checkpoint(path, tokenizer):
     model = tiny_model(tokenizer.vocab_size)
-    state = {
-        "format": checkpoint.FORMAT,
+    state = new_state(model.config, model.state_dict(), tokenizer) | {
         "step": 7,
         "best_val_loss": 1.25,
-        "model": model.state_dict(),
-        "optimizer": {},
-        "scaler": {},
-        "rng": {},
-        "config": settings.to_dict(model.config),
-        "tokenizer": tokenizer.to_dict(),
-        "data_hash": None,
-        "run": None,
     }
     checkpoint.save(path, state)
 

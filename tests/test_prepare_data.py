@@ -1,6 +1,5 @@
 """A text becomes a data set, whole or not at all, whatever the text and the network are like."""
 
-import contextlib
 import gzip
 import hashlib
 import http.server
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ROOT, in_child
+from conftest import ROOT, in_child, server
 
 import prepare_data
 import utils
@@ -496,35 +495,9 @@ def test_chinese_with_gpt2_is_told_how_much_shorter_bpe_would_be(tmp_path, capsy
 PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50
 
 
-@contextlib.contextmanager
-def server(status=200, body=PLAY, length=None):
-    """An address on this machine that answers so, and how often it was asked."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(status)
-            self.send_header("Content-Length", str(length or len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}/input.txt", asked
-        httpd.shutdown()
-
-
 @pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """No proxy between us and 127.0.0.1, no waiting, and PLAY in place of Shakespeare's."""
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(utils, "PAUSE", 0)
+def offline(monkeypatch, tmp_path, only_this_machine):
+    """PLAY in place of Shakespeare's, which cannot be had."""
     monkeypatch.setattr(prepare_data, "SHAKESPEARE", "http://127.0.0.1:9/refused")
     monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
     monkeypatch.chdir(tmp_path)
@@ -532,7 +505,7 @@ def offline(monkeypatch, tmp_path):
 
 
 def test_download_is_kept_and_not_made_twice(offline, monkeypatch):
-    with server() as (address, asked):
+    with server("input.txt", PLAY) as (address, asked):
         monkeypatch.setattr(prepare_data, "SHAKESPEARE", address)
         assert prepare() == 0
         assert prepare("--overwrite") == 0
@@ -555,7 +528,7 @@ def test_download_is_kept_and_not_made_twice(offline, monkeypatch):
 def test_download_that_fails_says_why_and_the_bundled_text_is_used(
     answer, problem, offline, monkeypatch, capsys
 ):
-    with server(**(answer or {})) as (address, asked):
+    with server("input.txt", **{"body": PLAY, **(answer or {})}) as (address, asked):
         if answer:
             monkeypatch.setattr(prepare_data, "SHAKESPEARE", address)
         assert prepare() == 0
