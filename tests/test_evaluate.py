@@ -599,7 +599,7 @@ def published(trained, monkeypatch, only_this_machine):
 
 
 def test_examples_are_downloaded_once_and_kept(published, tmp_path, capsys):
-    with server("hellaswag_val.jsonl", LINES) as (address, asked):
+    with server("data/hellaswag_val.jsonl", LINES) as (address, asked):
         published(address)
         assert cli("--task", "hellaswag", "--json") == 0
         assert cli("--task", "hellaswag", "--json") == 0
@@ -625,7 +625,7 @@ def test_examples_are_downloaded_once_and_kept(published, tmp_path, capsys):
 def test_a_download_that_fails_is_one_line_and_leaves_nothing(
     published, tmp_path, capsys, answer, problem
 ):
-    with server("hellaswag_val.jsonl", **{"body": LINES, **(answer or {})}) as (address, _):
+    with server("data/hellaswag_val.jsonl", **{"body": LINES, **(answer or {})}) as (address, _):
         published(address if answer else "http://127.0.0.1:9/hellaswag_val.jsonl")
         assert cli("--task", "hellaswag") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
@@ -638,7 +638,7 @@ def test_a_disk_that_refuses_the_download_is_exit_4(published, monkeypatch, tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with server("hellaswag_val.jsonl", LINES) as (address, _):
+    with server("data/hellaswag_val.jsonl", LINES) as (address, _):
         published(address)
         assert cli("--task", "hellaswag") == 4
     assert "No space left" in capsys.readouterr().err
