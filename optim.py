@@ -151,6 +151,16 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def whole_in_first(tensor):
+    """tensor in one piece, in the first process's host memory; None for what fsdp has spread in the
+    other processes, which need not keep it.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if torch.distributed.get_rank() == 0 else None
+
+
 def laid_out_as(p, tensor):
     """tensor, which every process has whole, spread over them as the parameter p is."""
     if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
@@ -164,21 +174,26 @@ def laid_out_as(p, tensor):
 
 
 def optimizer_state(optimizer, model) -> dict:
-    """The optimizer's memory by parameter name, so that it fits any order of parameters."""
+    """The optimizer's memory by parameter name, so that it fits any order of parameters; in the
+    first process.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        names[id(p)]: {key: whole(value) for key, value in memory.items()}
+        names[id(p)]: {key: whole_in_first(value) for key, value in memory.items()}
         for p, memory in optimizer.state.items()
     }
 
 
-def load_optimizer_state(optimizer, model, state: dict):
-    """Put optimizer_state's memory back; shapes were checked by whoever read it."""
+def load_optimizer_state(optimizer, model, state: dict, fetch=lambda tensor: tensor):
+    """Put optimizer_state's memory back; shapes were checked by whoever read it.
+
+    fetch is called for each tensor just before it is needed, and gives the one to use.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     order = [p for group in optimizer.param_groups for p in group["params"]]
     current = optimizer.state_dict()
     current["state"] = {
-        i: {key: laid_out_as(p, v.to(p.device)) for key, v in state[names[id(p)]].items()}
+        i: {key: laid_out_as(p, fetch(v).to(p.device)) for key, v in state[names[id(p)]].items()}
         for i, p in enumerate(order)
         if names[id(p)] in state
     }

@@ -32,7 +32,14 @@ from data import BatchSampler, TokenDataset
 from evaluate import mean_loss, to
 from generate import sample_text
 from model import GPT2
-from optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, whole
+from optim import (
+    learning_rate,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    whole,
+    whole_in_first,
+)
 from prepare_data import prepare_file
 from tokenizer import load_tokenizer
 from utils import (
@@ -45,6 +52,7 @@ from utils import (
     human_time,
     lock,
     log,
+    outline_from_first,
     peak_flops,
     perplexity,
     pick_device,
@@ -54,8 +62,8 @@ from utils import (
     run,
     seed_everything,
     set_up_device,
-    share_from_first,
     sum_over_processes,
+    tensor_from_first,
     world_size,
 )
 
@@ -102,15 +110,16 @@ def train(
     dataset.require(config.block_size)
     if start is not None:
         check_vocabulary(start, dataset)
-    set_up_device(device)
+    set_up_device(device, thrifty=is_sharded(config))
     folder = config.checkpoint_dir
     with process_group(device, config.peer_timeout) as group, StopSignals(group) as stop:
         check_alike(config, dataset)
         with share_lock(folder):
             state = None
             if not fresh:
-                state = share_from_first(lambda: find_checkpoint(config, dataset, resume))
+                state = outline_from_first(lambda: find_checkpoint(config, dataset, resume))
             trainer = Trainer(config, dataset, state, stop, start)
+            del state  # or all of it would be in memory as long as the run
             trainer.describe(why)
             if eval_only:
                 return {"step": trainer.step, "val_loss": trainer.evaluate()}
@@ -158,9 +167,13 @@ class Trainer:
         config = self.config
         wide = torch.float64 if config.dtype == "float64" else torch.float32
         self.raw_model = GPT2(config).to(self.device, wide)
-        if state is not None or start is not None:
-            checkpoint.load_weights(self.raw_model, state or cropped(start, config.block_size))
-        self.sharded = world_size() > 1 and config.parallel == "fsdp"
+        if state is not None:
+            checkpoint.check_weights(self.raw_model, state)
+            for name, weights in self.raw_model.state_dict().items():
+                weights.copy_(tensor_from_first(state["model"][name]))
+        elif start is not None:
+            checkpoint.load_weights(self.raw_model, cropped(start, config.block_size))
+        self.sharded = is_sharded(config)
         if config.activation_checkpointing:
             recompute_activations(self.raw_model)
         if self.sharded:
@@ -343,7 +356,7 @@ class Trainer:
 
     def state(self) -> dict:
         """All that resuming needs; see checkpoint.KEYS. Every process must call it, to put together
-        what fsdp has spread over them.
+        what fsdp has spread over them; the first has it then.
         """
         generators = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -365,15 +378,16 @@ class Trainer:
     def weights(self) -> dict:
         """Every parameter by name; a tied one is the same tensor under both of its names."""
         named = list(self.raw_model.named_parameters(remove_duplicate=False))
-        tensors = {p: whole(p.detach()) for p in dict(named).values()}
+        tensors = {p: whole_in_first(p.detach()) for p in dict(named).values()}
         return {name: tensors[p] for name, p in named}
 
     def load_state(self, state):
         """All but the weights, which were there before the optimizer was."""
-        load_optimizer_state(self.optimizer, self.raw_model, state["optimizer"])
+        memory = state["optimizer"]
+        load_optimizer_state(self.optimizer, self.raw_model, memory, tensor_from_first)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"]["torch"])
+        torch.set_rng_state(tensor_from_first(state["rng"]["torch"]))
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.run_name = state["run"]
 
@@ -490,6 +504,10 @@ def compile_model(trainer):
 
 
 # ---------------------------------------------------------------- several processes
+
+
+def is_sharded(config) -> bool:
+    return world_size() > 1 and config.parallel == "fsdp"
 
 
 def shard(model, device, dtype):
