@@ -7,6 +7,7 @@ import torch
 from config import GPT2Config
 
 MUON_MOMENTUM = 0.95  # Jordan 2024
+AT_ONCE = 2**22  # numbers that are orthogonalized together; more would only take more memory
 
 
 def learning_rate(step: int, config: GPT2Config) -> float:
@@ -79,12 +80,17 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        done = {}  # parameter -> its gradient
         for group in self.param_groups:
             if group["muon"]:
                 self._muon_step(group)
-                for p in group["params"]:
-                    p.grad = None  # done: AdamW passes over parameters without a gradient
-        return super().step(closure)
+                done |= {p: p.grad for p in group["params"]}
+        for p in done:
+            p.grad = None  # AdamW passes over parameters without a gradient
+        loss = super().step(closure)
+        for p, grad in done.items():
+            p.grad = grad
+        return loss
 
     def _muon_step(self, group):
         found_inf = getattr(self, "found_inf", None)
@@ -106,19 +112,21 @@ class Muon(torch.optim.AdamW):
         self._orthogonalize(updates.values())
         params = list(updates)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * keep)
-        steps = torch._foreach_mul(
-            [laid_out_as(p, updates[p]) for p in params], -group["lr"] * keep
-        )
+        steps = [laid_out_as(p, updates[p]) for p in params]
+        torch._foreach_mul_(steps, -group["lr"] * keep)
         torch._foreach_add_(params, steps)
 
     def _orthogonalize(self, updates):
-        """In place, all matrices of one shape at once."""
+        """In place, matrices of one shape together."""
         by_shape = {}
         for part in (part for update in updates for part in _square_parts(update)):
             by_shape.setdefault(part.shape, []).append(part)
         for shape, parts in by_shape.items():
-            new = orthogonalize(torch.stack(parts), self.orthogonalize_dtype)
-            torch._foreach_copy_(parts, list((new * (0.2 * math.sqrt(max(shape)))).unbind()))
+            count = max(1, AT_ONCE // shape.numel())
+            for i in range(0, len(parts), count):
+                some = parts[i : i + count]
+                new = orthogonalize(torch.stack(some), self.orthogonalize_dtype)
+                torch._foreach_copy_(some, list((new * (0.2 * math.sqrt(max(shape)))).unbind()))
 
 
 def _square_parts(matrix):

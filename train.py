@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,7 +109,7 @@ def train(
     dataset.require(config.block_size)
     if start is not None:
         check_vocabulary(start, dataset)
-    set_up_device(device, thrifty=is_sharded(config))
+    set_up_device(device, thrifty=is_sharded(config) or config.activation_checkpointing)
     folder = config.checkpoint_dir
     with process_group(device, config.peer_timeout) as group, StopSignals(group) as stop:
         check_alike(config, dataset)
@@ -248,7 +247,7 @@ class Trainer:
         elif finite:
             self.optimizer.step()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
         return loss, grad_norm
 
     def forward_backward(self, micro_step):
@@ -283,7 +282,14 @@ class Trainer:
         x, y = self.to_device(self.sampler.batch(0))
         with autocast(self.device, self.config.dtype):
             self.synced(x, y)[1].backward()
-        self.raw_model.zero_grad(set_to_none=True)
+        self.clear_gradients()
+
+    def clear_gradients(self):
+        """DDP's lie in the buckets that it exchanges, and have to stay there: made anew, they would
+        add up over micro-batches beside the buckets.
+        """
+        in_buckets = world_size() > 1 and not self.sharded
+        self.optimizer.zero_grad(set_to_none=not in_buckets)
 
     def to_device(self, batch):
         return [to(tensor, self.device) for tensor in batch]
@@ -485,8 +491,8 @@ class Trainer:
 
 
 def compile_model(trainer):
-    """The compiled model, tried on one batch; the plain one where this machine cannot compile."""
-    model = torch.compile(trainer.raw_model)
+    """The compiled model, tried on one batch; the plain one where a process cannot compile."""
+    model, reason = torch.compile(trainer.raw_model), None
     log("compiling the model (about a minute)")
     try:
         x, y = trainer.to_device(trainer.sampler.batch(0))
@@ -496,11 +502,12 @@ def compile_model(trainer):
         raise
     except Exception as error:  # compilers fail in many ways, none of which needs to end a run
         reason = str(error).strip().splitlines()[0][:120]
-        log(f"torch.compile does not work here ({reason}); training goes on without it")
-        model = trainer.raw_model
     finally:
         trainer.raw_model.zero_grad(set_to_none=True)
-    return model
+    reasons = [reason for reason in gather_from_processes([reason]) if reason is not None]
+    if reasons:
+        log(f"torch.compile does not work here ({reasons[0]}); training goes on without it")
+    return trainer.raw_model if reasons else model
 
 
 # ---------------------------------------------------------------- several processes
@@ -531,7 +538,18 @@ def recompute_activations(model):
     more work for much less memory (Chen et al. 2016).
     """
     for block in model.transformer.h:
-        block.forward = partial(recomputed, block.forward, use_reentrant=False)
+        block.forward = recomputing(block.forward)
+
+
+def recomputing(forward):
+    """forward under recomputation, as a function because torch.compile does not look into a partial
+    one that fsdp calls.
+    """
+
+    def call(*arguments):
+        return recomputed(forward, *arguments, use_reentrant=False)
+
+    return call
 
 
 def check_alike(config, dataset):
