@@ -45,6 +45,7 @@ def loss_curve(options) -> bytes:
 
     records = newest_records(options.log_dir)
     look = {"svg.hashsalt": "loss", "font.size": 13}  # the same run gives the same file
+    look |= {f"figure.constrained_layout.{side}_pad": 0.12 for side in "wh"}  # inches
     with matplotlib.rc_context(look, ROOT / "notebooks" / "figures.mplstyle"):
         figure = Figure(figsize=(7.5, 4.2))
         draw_losses(figure.add_subplot(), records)
