@@ -205,6 +205,7 @@ PICTURES = {
     "tensorboard": ("tensorboard.png", tensorboard_page),
     "terminal": ("terminal.svg", terminal),
 }
+ONLY = f"these of {', '.join(PICTURES)}; none: all"
 
 
 def main(argv=None) -> int:
@@ -228,13 +229,14 @@ def parse(argv):
     parser = ArgumentParser(
         prog="make_pictures.py",
         description="Make README's pictures from a real run.",
-        epilog="TensorBoard's needs Chromium or Chrome, all need requirements-dev.txt",
+        epilog="needs requirements-dev.txt and, for tensorboard, Chromium or Chrome",
     )
-    parser.add_argument("--only", nargs="+", choices=PICTURES, default=PICTURES, help="these alone")
-    parser.add_argument("--log_dir", metavar="DIR", default="runs", help="where the runs are")
-    parser.add_argument("--checkpoint", metavar="PATH", help="none: the best of ./checkpoints")
-    parser.add_argument("--browser", metavar="PATH", help="none: the first that is found")
-    parser.add_argument("--output", metavar="DIR", default=str(HERE), help="where pictures go")
+    add = parser.add_argument
+    add("--only", nargs="+", choices=PICTURES, default=PICTURES, metavar="X", help=ONLY)
+    add("--log_dir", metavar="DIR", default="runs", help="where the runs are; none: ./runs")
+    add("--checkpoint", metavar="PATH", help="none: the best of ./checkpoints")
+    add("--browser", metavar="PATH", help="none: the first Chromium or Chrome on the PATH")
+    add("--output", metavar="DIR", default=str(HERE), help="none: docs/images")
     return parser.parse_args(argv)
 
 
