@@ -184,7 +184,10 @@ class Trainer:
             return self.already_finished()
         if self.step == 0:
             self.save(checkpoint.LATEST)
-        self.log.start(self.step, step_limit, self.tokens_per_step)
+        known = replace(
+            self.given, device=config.device, dtype=config.dtype, compile=config.compile
+        )
+        self.log.start(self.step, step_limit, self.tokens_per_step, settings.to_dict(known))
         while self.step < step_limit:
             loss, grad_norm = self.update()
             self.step += 1
