@@ -229,7 +229,7 @@ class Trainer:
         self.read_finite()
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         self.ask_finite(finite)
-        if self.optimizer.defaults["fused"]:
+        if self.device.type == "cuda":
             self.optimizer.found_inf = (~finite).float()  # the kernel itself then changes nothing
             self.optimizer.step()
         elif finite:

@@ -1,5 +1,7 @@
 """The machine and the terminal: messages, exit codes, curves, locks, seeds, device, precision."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import ctypes
@@ -7,6 +9,7 @@ import datetime
 import difflib
 import hashlib
 import http.client
+import importlib
 import json
 import math
 import os
@@ -20,8 +23,20 @@ import urllib.request
 from pathlib import Path
 
 import filelock
-import torch
 from tqdm import tqdm
+
+
+class _Later:
+    """A module that is imported when it is first used."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+torch = _Later("torch")  # takes half a second, which preparing text and --help do not need
 
 # ---------------------------------------------------------------- messages and exit codes
 
