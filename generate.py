@@ -519,7 +519,7 @@ same line twice gives two texts. Ctrl-C ends a text.
 /set NAME VALUE   change a setting, for example: /set temperature 0.7
 /show             the settings and what they mean
 /quit             leave, as the end of input (Ctrl-D) does"""
-WELCOME = "type a line, the model goes on with it; /help for more, Ctrl-D leaves"
+WELCOME = "type a line, the model continues it; /help for more, Ctrl-D leaves"
 
 
 def interact(model, tokenizer, sampling) -> int:
@@ -552,6 +552,8 @@ def read_line() -> str | None:
     try:
         return input("> " if person and sys.stdout.isatty() else "")
     except EOFError:
+        if person:
+            log()  # the shell's prompt shall not follow ours
         return None
 
 

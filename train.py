@@ -438,7 +438,7 @@ class Trainer:
         self.close()
         path = Path(self.config.checkpoint_dir) / checkpoint.LATEST
         name, of = signal.Signals(signum).name, self.config.max_iters
-        raise Interrupted(signum, f"{name} after step {self.step} of {of}, state saved in {path}")
+        raise Interrupted(signum, f"{name} after step {self.step} of {of}; saved in {path}")
 
     def close(self):
         if self.log is not None:

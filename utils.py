@@ -46,14 +46,15 @@ def styled(text: str, style: str, stream=None) -> str:
 
 
 def laid_out(text: str, label: str = "", style: str = "dim", stream=None) -> str:
-    """label (styled) and text. A terminal gets it folded at words, all lines of the text below each
-    other; elsewhere a line stays whole, for grep.
+    """label (styled) and text. A terminal gets it folded at words (a `command` stays whole), all
+    lines of the text below each other; elsewhere a line stays as it is, for grep.
     """
     lines = text.split("\n")
     if (stream or sys.stderr).isatty():
         width = max(20, shutil.get_terminal_size().columns - 1 - len(label))
         fold = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
-        lines = [part for line in lines for part in fold.wrap(line) or [""]]
+        whole = [re.sub("`.*?`", lambda part: part[0].replace(" ", "\0"), line) for line in lines]
+        lines = [part.replace("\0", " ") for line in whole for part in fold.wrap(line) or [""]]
     return styled(label, style, stream) + f"\n{' ' * len(label)}".join(lines)
 
 
@@ -199,6 +200,8 @@ def run(main, argv=None) -> int:
     try:
         return main(argv) or 0
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the shell's prompt shall not follow a ^C
         return 130
     except BrokenPipeError:  # `generate.py | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -267,7 +270,7 @@ class RunLog:
                     desc="timing the first steps",
                     total=total,
                     initial=step,
-                    bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}",
+                    bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}  ",  # room for ^C
                     dynamic_ncols=True,
                     leave=False,
                 )

@@ -141,12 +141,12 @@ def test_a_terminal_gets_lines_folded_at_words_and_a_file_whole_ones(monkeypatch
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "30")
     stream = io.StringIO()
-    text = "the quick brown fox --jumps-over the lazy dog " + 30 * "x"
+    text = "the quick brown fox `jumps over the` lazy dog " + 30 * "x"
     assert laid_out(text, "label  ", stream=stream) == f"label  {text}"
     stream.isatty = lambda: True
     assert laid_out(text, "label  ", stream=stream).splitlines() == [
         "label  the quick brown fox",
-        "       --jumps-over the lazy",
+        "       `jumps over the` lazy",
         "       dog",
         "       " + 30 * "x",
     ]
@@ -255,7 +255,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_a_finished_one_too(here, monke
         assert run(train.main, flags) == 130
     err = capfd.readouterr().err
     (line,) = commands(err)
-    assert "SIGINT after step 4 of 6, state saved in my run/checkpoint.pt" in err
+    assert "SIGINT after step 4 of 6; saved in my run/checkpoint.pt" in err
     assert "--fresh" not in line and run_as_told(line) == 0
     assert checkpoint.load("my run/final_checkpoint.pt")["step"] == 6
     capfd.readouterr()
