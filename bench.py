@@ -57,6 +57,7 @@ from utils import (
     human_time,
     log,
     log_row,
+    peak_mb,
     pick_device,
     pick_dtype,
     process_group,
@@ -136,18 +137,7 @@ def _worker(setup, options, pipe, place):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             pipe.send((units, time.perf_counter() - start))
-        pipe.send(_peak_mb(device))
-
-
-def _peak_mb(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        import resource
-    except ImportError:  # Windows has none
-        return None
-    kilobyte = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte
+        pipe.send(peak_mb(device))
 
 
 def gemm_peak(device, dtype) -> float:

@@ -45,7 +45,7 @@ class GPT2Config:
     warmup_iters: int | None = None  # steps of linear warmup; unset: 2000, at most max_iters / 10
     lr_decay_iters: int | None = None  # step at which min_lr is reached; unset: max_iters
     weight_decay: float = 0.1  # decoupled, on matrices only
-    beta1: float = 0.9  # AdamW: decay of the gradient's mean
+    beta1: float = 0.9  # decay of the gradient's mean, Muon's momentum
     beta2: float = 0.95  # AdamW: decay of the gradient's square
     grad_clip: float | None = 1.0  # largest gradient norm; none: no clipping
     # precision and hardware

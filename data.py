@@ -17,7 +17,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 FORMAT = 1  # of meta.json; raised when an older reader would misread a newer data set
@@ -330,6 +329,8 @@ def windows_at(tokens, starts, block_size, vocab_size=None):
             f"token id {window[row, column]} at position {starts[row] + column} of the data is not "
             f"below vocab_size {vocab_size}; prepare the data set again with --overwrite"
         )
+    import torch  # takes half a second, which preparing text does not need
+
     window = torch.from_numpy(window)  # (B, T + 1)
     return window[:, :-1], window[:, 1:]  # (B, T), (B, T)
 

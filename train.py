@@ -125,10 +125,7 @@ def train(
                 return {"step": trainer.step, "val_loss": trainer.evaluate()}
             if fresh and rank() == 0:
                 set_aside(folder)
-            try:
-                return trainer.run()
-            finally:
-                trainer.close()  # the live line must not stand before an error
+            return trainer.run()
 
 
 class Trainer:
@@ -160,7 +157,7 @@ class Trainer:
         self.tokens_per_step = sequences * config.block_size
         self.step, self.best_val_loss, self.run_name = 0, None, None
         self.skipped, self.finite = 0, None
-        self.pretrained, self.log = start is not None, None
+        self.pretrained = start is not None
         self.build(state, start)
 
     def build(self, state, start):
@@ -196,28 +193,32 @@ class Trainer:
             return self.already_finished()
         if self.step == 0:
             self.save(checkpoint.LATEST)
-        self.log.start(self.step, step_limit, self.tokens_per_step)
-        while self.step < step_limit:
-            loss, grad_norm = self.update()
-            self.step += 1
-            self.log.advance(self.step)
-            if self.step == 1:
-                self.check_initial_loss(loss.item())
-            last = self.step == step_limit
-            evaluating = last or self.step % config.eval_interval == 0
-            if evaluating or self.step % config.log_interval == 0:
-                record = self.measure(loss, grad_norm)
+        known = replace(
+            self.given, device=config.device, dtype=config.dtype, compile=config.compile
+        )
+        self.log.start(self.step, step_limit, self.tokens_per_step, settings.to_dict(known))
+        with contextlib.closing(self.log):  # no live line shall stand before an error
+            while self.step < step_limit:
+                loss, grad_norm = self.update()
+                self.step += 1
+                self.log.advance(self.step)
+                if self.step == 1:
+                    self.check_initial_loss(loss.item())
+                last = self.step == step_limit
+                evaluating = last or self.step % config.eval_interval == 0
+                if evaluating or self.step % config.log_interval == 0:
+                    record = self.measure(loss, grad_norm)
+                    if evaluating:
+                        record["val_loss"] = self.evaluate()
+                    self.log.write(record, self.sample() if evaluating else None)
                 if evaluating:
-                    record["val_loss"] = self.evaluate()
-                self.log.write(record, self.sample() if evaluating else None)
-            if evaluating:
-                last = last or self.out_of_patience()
-            self.save_what_is_due(record["val_loss"] if evaluating else None, last)
-            signum = self.stop.asked()
-            if last:
-                break
-            if signum is not None:
-                self.leave(signum, saved=evaluating)
+                    last = last or self.out_of_patience()
+                self.save_what_is_due(record["val_loss"] if evaluating else None, last)
+                signum = self.stop.asked()
+                if last:
+                    break
+                if signum is not None:
+                    self.leave(signum, saved=evaluating)
         return self.finish()
 
     def update(self):
@@ -242,7 +243,7 @@ class Trainer:
         self.read_finite()
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         self.ask_finite(finite)
-        if self.optimizer.defaults["fused"]:
+        if self.device.type == "cuda":
             self.optimizer.found_inf = (~finite).float()  # the kernel itself then changes nothing
             self.optimizer.step()
         elif finite:
@@ -435,30 +436,19 @@ class Trainer:
         """A signal came: save, unless this step was saved already, and go."""
         if not saved:
             self.save(checkpoint.LATEST)
-        self.close()
         path = Path(self.config.checkpoint_dir) / checkpoint.LATEST
         name, of = signal.Signals(signum).name, self.config.max_iters
         raise Interrupted(signum, f"{name} after step {self.step} of {of}; saved in {path}")
 
-    def close(self):
-        if self.log is not None:
-            self.log.close()
-
     def already_finished(self) -> dict:
-        self.close()
         of = self.config.max_iters
         longer = f"--max_iters {max(100, 2 * of)}" if self.step >= of else "--patience none"
-        log_row(
-            "finished",
-            f"this run is over, at step {self.step:,} of {of:,}\n"
-            f"{longer} trains it for longer, --fresh starts a new one",
-            "green",
-        )
+        more = f"{longer} trains it for longer, --fresh starts a new one"
+        log_row("finished", f"this run is over, at step {self.step:,} of {of:,}\n{more}", "green")
         self.say_where()
         return self.log.records[-1] if self.log.records else {"step": self.step}
 
     def finish(self) -> dict:
-        self.close()
         last = self.log.records[-1]
         log_row("done", f"{self.step:,} steps in {human_time(last['seconds'])}", "green")
         self.say_where()
@@ -488,26 +478,15 @@ class Trainer:
         sequences = config.batch_size * config.gradient_accumulation_steps
         epochs = config.max_iters * self.tokens_per_step / train_tokens
         log_row("device", f"{self.device} ({why}), {config.dtype}{compiled}{shared}")
-        log_row(
-            "model",
-            f"{self.raw_model.num_params():,} parameters: {config.n_layer} layers, "
-            f"{config.n_head} heads, {config.n_embd} channels",
-        )
-        log_row(
-            "data",
-            f"{config.data_dir} ({self.tokenizer.kind}, a vocabulary of {config.vocab_size:,})\n"
-            f"{train_tokens:,} tokens to train on, {len(self.dataset.val):,} to validate with",
-        )
-        log_row(
-            "training",
-            f"{config.max_iters:,} steps of {sequences:,} x {config.block_size:,} = "
-            f"{self.tokens_per_step:,} tokens ({epochs:.1f} epochs)",
-        )
-        log_row(
-            "optimizer",
-            f"{config.optimizer}, learning rate {config.learning_rate:g} to {config.min_lr:g} "
-            f"({config.lr_schedule})",
-        )
+        size = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels"
+        log_row("model", f"{self.raw_model.num_params():,} parameters: {size}")
+        kind = f"{self.tokenizer.kind}, a vocabulary of {config.vocab_size:,}"
+        splits = f"{train_tokens:,} tokens to train on, {len(self.dataset.val):,} to validate with"
+        log_row("data", f"{config.data_dir} ({kind})\n{splits}")
+        step = f"{sequences:,} x {config.block_size:,} = {self.tokens_per_step:,} tokens"
+        log_row("training", f"{config.max_iters:,} steps of {step} ({epochs:.1f} epochs)")
+        rates = f"{config.learning_rate:g} to {config.min_lr:g} ({config.lr_schedule})"
+        log_row("optimizer", f"{config.optimizer}, learning rate {rates}")
 
 
 def compile_model(trainer):

@@ -1,5 +1,7 @@
 """The machine and the terminal: messages, exit codes, curves, locks, seeds, device, precision."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import ctypes
@@ -7,6 +9,7 @@ import datetime
 import difflib
 import hashlib
 import http.client
+import importlib
 import json
 import math
 import os
@@ -24,8 +27,20 @@ import urllib.request
 from pathlib import Path
 
 import filelock
-import torch
 from tqdm import tqdm
+
+
+class _Later:
+    """A module that is imported when it is first used."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+torch = _Later("torch")  # takes half a second, which preparing text and --help do not need
 
 # ---------------------------------------------------------------- messages and exit codes
 
@@ -75,14 +90,17 @@ def log(message: str = ""):
 
 
 def log_row(label: str, text: str, style: str = "dim"):
+    """log, with a label before the message."""
     _log(labelled(label, text, style))
 
 
 def log_next(*commands: str):
+    """Say what to type next."""
     _log(next_commands(*commands))
 
 
 def warn(message: str):
+    """log of what may not be as it should."""
     _log(laid_out(message, "warning: ", "yellow"))
 
 
@@ -119,8 +137,8 @@ def from_here(path: Path) -> str:
 
 @contextlib.contextmanager
 def live_line(label: str, total: int | None, unit: str, done: int = 0):
-    """Yields a function to be told how much more of a long piece of work is done. On a terminal
-    that is a live line, gone when the work is; elsewhere a plain line every LINE_SECONDS.
+    """Yield a function to be told how much more of a long piece of work is done. On a terminal that
+    is a live line, gone when the work is; elsewhere a plain line every LINE_SECONDS.
     """
     bar = tqdm(
         desc=label,
@@ -219,7 +237,8 @@ def run(main, argv=None) -> int:
             return code  # one a machine says it
         for line in _one_line_each(error):
             line = laid_out(line, prefix, "red")
-            print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one piece
+            with tqdm.external_write_mode(file=sys.stderr):
+                print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one piece
         return code
 
 
@@ -243,6 +262,24 @@ def _one_line_each(error):
 
 # ---------------------------------------------------------------- curves and progress
 
+# TensorBoard's Custom Scalars tab: for each chart the tags in it, which are regular expressions
+CHARTS = {
+    "training": {
+        "loss, training and validation": ["Multiline", ["^loss/train$", "^loss/val$"]],
+        "learning rate": ["Multiline", ["^lr$"]],
+        "gradient norm, before clipping": ["Multiline", ["^grad_norm$"]],
+    },
+    "speed and memory": {
+        "tokens per second": ["Multiline", ["^tokens_per_second$"]],
+        "memory at most so far, MB (first process)": ["Multiline", ["^memory_mb$"]],
+    },
+}
+# what its HParams tab leaves out: settings that change no weight
+NOT_COMPARED = (
+    *("checkpoint_dir", "checkpoint_interval", "keep_checkpoints", "log_dir", "log_interval"),
+    *("eval_interval", "eval_iters", "peer_timeout", "preset"),
+)
+
 
 class RunLog:
     """A run's folder: metrics.jsonl, config.json and TensorBoard's events; and the terminal's line.
@@ -259,12 +296,16 @@ class RunLog:
         self.records = [record for record in records if record["step"] <= step]
         self.bar = self.writer = None
 
-    def start(self, step: int, total: int, tokens_per_step: int):
-        """The first step is about to be made: open the folder's files."""
+    def start(self, step: int, total: int, tokens_per_step: int, compared: dict):
+        """The first step is about to be made: open the folder's files.
+
+        compared: the config by which TensorBoard compares runs, with the device and what it set.
+        """
         self.first_step, self.total, self.tokens_per_step = step, total, tokens_per_step
         self.seconds_before = self.records[-1]["seconds"] if self.records else 0.0
         if rank() == 0:
             self._open(step)
+            self._lay_out(compared)
             if sys.stderr.isatty():
                 self.bar = tqdm(
                     desc="timing the first steps",
@@ -288,6 +329,24 @@ class RunLog:
         self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
         self.writer.add_text("config", f"```\n{json.dumps(self.config, indent=2)}\n```", step)
         self.file = open(self.path, "a", encoding="utf-8")
+
+    def _lay_out(self, compared):
+        """TensorBoard's charts, and this run's row in its HParams tab.
+
+        The row goes into the run's own events; add_hparams would make a second run of it. A resumed
+        run writes both again: TensorBoard shows one, the row as it was first.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        self.device = torch.device(compared["device"])
+        self.writer.add_custom_scalars(CHARTS)
+        columns = {
+            name: str(value) if isinstance(value, bool) else value  # hparams would make True a 1
+            for name, value in compared.items()
+            if name not in NOT_COMPARED
+        }
+        _, row, _ = hparams(columns, {})
+        self.writer.file_writer.add_summary(row)
 
     def tokens_per_second(self, step: int) -> float:
         """Over the steps since the last line, what was done between them (evaluating) left out."""
@@ -314,8 +373,12 @@ class RunLog:
         for name in ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu"):
             if record.get(name) is not None:
                 self.writer.add_scalar(tags.get(name, name), record[name], step)
+        if (memory := peak_mb(self.device)) is not None:
+            self.writer.add_scalar("memory_mb", memory, step)
         if "val_loss" in record:
             self.writer.add_scalar("perplexity/val", perplexity(record["val_loss"]), step)
+            losses = [record["val_loss"] for record in self.records if "val_loss" in record]
+            self.writer.add_scalar("best_val_loss", min(losses), step)
         if sample is not None:
             self.writer.add_text("sample", f"```\n{sample}\n```", step)
             self.writer.flush()
@@ -337,10 +400,10 @@ class RunLog:
         if "val_loss" in record:
             val_loss = record["val_loss"]
             parts = [loss, f"val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f}", left]
+        if step == self.total:
+            parts.remove(left)
         if self.bar is None or "val_loss" in record:
-            log(
-                f"step {step}/{self.total}: {', '.join(parts if step < self.total else parts[:-1])}"
-            )
+            log(f"step {step}/{self.total}: {', '.join(parts)}")
 
     def close(self):
         if self.bar is not None:
@@ -692,6 +755,20 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_mb(device: torch.device) -> float | None:
+    """The most memory that this process has held so far, in MB: tensors on a CUDA device, all that
+    was resident elsewhere. None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
+    kilobyte = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte
 
 
 def autocast(device: torch.device, dtype: str):
