@@ -444,7 +444,7 @@ def downloaded(task) -> Path:
     path = Path("data") / task / address.rsplit("/", 1)[1]
 
     def fetch():
-        log_row("downloading", address)
+        log_row("fetching", address)
         try:
             download(address, sha256, path)
         except ValueError as problem:

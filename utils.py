@@ -75,7 +75,7 @@ def laid_out(text: str, label: str = "", style: str = "dim", stream=None) -> str
 
 def labelled(label: str, text: str, style: str = "dim", stream=None) -> str:
     """`label      text`, the form of headers and summaries."""
-    return laid_out(text, f"{label:<{LABEL}}", style, stream)
+    return laid_out(text, f"{label:<{LABEL - 1}} ", style, stream)
 
 
 def next_commands(*commands: str, stream=None) -> str:
@@ -311,7 +311,7 @@ class RunLog:
                     desc="timing the first steps",
                     total=total,
                     initial=step,
-                    bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}  ",  # room for ^C
+                    bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}",
                     dynamic_ncols=True,
                     leave=False,
                 )
