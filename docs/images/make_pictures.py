@@ -180,8 +180,9 @@ def session(flags) -> str:
                 child.sendline(line)
             child.expect(pexpect.EOF)
         except (pexpect.EOF, pexpect.TIMEOUT):
-            last = (shown.getvalue().strip() or "nothing was shown").splitlines()[-1]
-            raise ValueError(f"generate.py --interactive does not ask for a line: {last}") from None
+            plain = re.sub(r"\x1b\[[\d;?]*\w", "", shown.getvalue())
+            why = " ".join(plain.split("error: ")[-1].split()) or "nothing was shown"
+            raise ValueError(f"generate.py --interactive does not ask for a line: {why}") from None
     return shown.getvalue()
 
 
