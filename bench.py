@@ -1,16 +1,16 @@
 """How fast, and against whom: ours, nanoGPT and transformers take turns in one run.
 
-    python bench.py train --nanogpt DIR --batch_size 4 --block_size 256
-    python bench.py train --nanogpt DIR --to_loss 1.89     # seconds to a validation loss
-    python bench.py generate --nanogpt DIR --streams 8
-    python bench.py prepare --nanogpt DIR --megabytes 200
-    python bench.py save                                   # a checkpoint against a training step
-    python bench.py train --processes 1,2                  # what several processes gain
-    python bench.py plan --preset gpt2-xl --gpus 64 --gpu h100   # memory, steps, days; runs nothing
+    python bench.py train --nanogpt nanoGPT --batch_size 4 --block_size 256
+    python bench.py train --nanogpt nanoGPT --to_loss 1.89    # seconds to a loss
+    python bench.py generate --nanogpt nanoGPT --streams 8
+    python bench.py prepare --nanogpt nanoGPT --megabytes 200
+    python bench.py save                      # a checkpoint against a step
+    python bench.py train --processes 1,2     # what several processes gain
+    python bench.py plan --preset gpt2-xl --gpus 64     # memory, days; no run
 
-DIR is a checkout of karpathy/nanoGPT; transformers takes part where it is installed. Each contender
-lives in a process of its own and does one sample when it is its turn: A B A B ... Medians are
-printed as a table, then everything as one line of JSON (--save FILE keeps it).
+nanoGPT is a checkout of karpathy/nanoGPT; transformers takes part where it is installed. Each
+contender lives in a process of its own and does one sample when it is its turn: A B A B ... Medians
+are printed as a table, then everything as one line of JSON (--save FILE keeps it).
 """
 
 import bisect
@@ -56,6 +56,8 @@ from utils import (
     autocast,
     human_time,
     log,
+    log_row,
+    peak_mb,
     pick_device,
     pick_dtype,
     process_group,
@@ -135,18 +137,7 @@ def _worker(setup, options, pipe, place):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             pipe.send((units, time.perf_counter() - start))
-        pipe.send(_peak_mb(device))
-
-
-def _peak_mb(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        import resource
-    except ImportError:  # Windows has none
-        return None
-    kilobyte = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte
+        pipe.send(peak_mb(device))
 
 
 def gemm_peak(device, dtype) -> float:
@@ -585,14 +576,18 @@ def plan_arguments(argv):
 
     Raises ValueError with a line for each problem.
     """
-    parser = ArgumentParser(prog="bench.py plan", description="What a run will need.")
-    add = parser.add_argument
-    add("--gpus", type=int, default=8, metavar="N", help="one process each (8)")
-    add("--gpu", default="h100", choices=list(GPUS), help="their kind (h100)")
-    add("--tokens", type=float, metavar="N", help="to train on (what --max_iters makes)")
-    add("--mfu", type=float, default=MFU, metavar="X", help=f"share of the peak ({MFU})")
+    usage = "bench.py plan [--gpus N] [--gpu NAME] [any setting of train.py]"
+    about = "What a run will need: memory, steps, days. The preset, if not named, is gpt2."
+    parser = ArgumentParser(prog="bench.py plan", usage=usage, description=about)
+    add = parser.add_argument_group("the machine and the work").add_argument
+    add("--gpus", type=int, default=8, metavar="N", help="one process each (default: 8)")
+    gpus = f"their kind: {', '.join(GPUS)} (default: h100)"
+    add("--gpu", default="h100", choices=list(GPUS), metavar="NAME", help=gpus)
+    tokens = "to train on (default: what --max_iters makes)"
+    add("--tokens", type=float, metavar="N", help=tokens)
+    add("--mfu", type=float, default=MFU, metavar="X", help=f"share of the peak (default: {MFU})")
     add("--save", metavar="FILE", help="write the JSON here too")
-    add_flags(parser.add_argument_group("settings, those of train.py (--preset gpt2)"))
+    add_flags(parser)
     options = parser.parse_args(argv)
     taken = [name for name in FIELD_TYPES if getattr(options, name) is not None]
     values, found = parse_values({name: getattr(options, name) for name in taken})
@@ -632,7 +627,8 @@ def sharing(config, preset, gpus, chosen) -> GPT2Config:
     if chosen and config.gradient_accumulation_steps % gpus:
         raise ValueError(
             f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: counts over all "
-            f"processes and is not divisible by {gpus} of them"
+            f"processes and is not divisible by {gpus} of them; the next that is: "
+            f"{math.ceil(config.gradient_accumulation_steps / gpus) * gpus}"
         )
     if chosen:
         return config
@@ -897,38 +893,57 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["plan"]:
         return plan_main(argv[1:])
-    epilog = "bench.py plan has flags of its own: bench.py plan --help"
-    parser = ArgumentParser(prog="bench.py", description="Measure speed.", epilog=epilog)
-    add = parser.add_argument
-    add("work", choices=list(WORK))
+    options = parse(argv)
+    here = machine(options)
+    log_row("machine", f"{here['name']}, {here['device']}, torch {here['torch']}")
+    report = {"work": options.work, "machine": here, "options": vars(options).copy()}
+    report |= WORK[options.work](options)
+    return show(report, table(report), options.save)
+
+
+USAGE = "bench.py {train,generate,prepare,save} [flags below]\n       bench.py plan --help"
+FLAGS = "what train.py gets under --to_loss, --max_iters 500 for example"
+
+
+def parse(argv):
+    parser = ArgumentParser(__doc__, prog="bench.py", usage=USAGE)
+    parser.add_argument("work", choices=list(WORK), help="what to measure")
+    add = parser.add_argument_group("what takes part").add_argument
     add("--nanogpt", metavar="DIR", help="a checkout of karpathy/nanoGPT to compare with")
-    add("--preset", default="gpt2", choices=list(GPT2_CONFIGS), help="the model (gpt2)")
-    add("--batch_size", type=int, default=4, metavar="N", help="sequences a step (4)")
-    add("--block_size", type=int, metavar="N", help="tokens a sequence (the preset's)")
-    add("--optimizer", default="adamw", choices=["adamw", "muon"], help="ours (adamw)")
-    add("--steps", type=int, default=1, metavar="N", help="training steps a sample (1)")
-    add("--samples", type=int, default=5, metavar="N", help="turns of each contender (5)")
-    add("--streams", type=int, default=1, metavar="N", help="texts generated at once (1)")
-    add("--new_tokens", type=int, default=200, metavar="N", help="tokens a text (200)")
-    add("--nanogpt_share", type=int, default=1, metavar="N", help="nanoGPT makes 1/N of them (1)")
-    add("--megabytes", type=int, default=200, metavar="N", help="of text to prepare (200)")
-    add("--processes", metavar="1,2", help="train: the speed of so many, one after the other")
-    add("--to_loss", type=float, metavar="X", help="train: seconds to this validation loss")
-    add("--data_dir", default="./data/shakespeare", metavar="DIR", help="for --to_loss")
-    add("--flags", nargs="*", default=[], metavar="F", help="for train.py under --to_loss")
-    add("--device", help="cuda, mps or cpu (the best there is)")
-    add("--dtype", help="ours (the best the device has)")
+    presets = f"the model: {', '.join(GPT2_CONFIGS)} (default: gpt2)"
+    add("--preset", default="gpt2", choices=list(GPT2_CONFIGS), metavar="NAME", help=presets)
+    add("--batch_size", type=int, default=4, metavar="N", help="sequences a step (default: 4)")
+    add("--block_size", type=int, metavar="N", help="tokens a sequence (default: the preset's)")
+    add("--optimizer", default="adamw", choices=["adamw", "muon"], help="ours (default: adamw)")
+    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the best there is)")
+    add("--dtype", metavar="NAME", help="ours (default: the best the device has)")
+    add = parser.add_argument_group("how much").add_argument
+    add("--samples", type=int, default=5, metavar="N", help="turns of each (default: 5)")
+    add("--steps", type=int, default=1, metavar="N", help="training steps a sample (default: 1)")
+    add("--streams", type=int, default=1, metavar="N", help="texts made at once (default: 1)")
+    add("--new_tokens", type=int, default=200, metavar="N", help="tokens a text (default: 200)")
+    share = "nanoGPT makes 1/N of these tokens (default: 1)"
+    add("--nanogpt_share", type=int, default=1, metavar="N", help=share)
+    add("--megabytes", type=int, default=200, metavar="N", help="text to prepare (default: 200)")
+    add = parser.add_argument_group("other ways to measure training").add_argument
+    add("--processes", metavar="1,2", help="the speed of so many, one after the other")
+    add("--to_loss", type=float, metavar="X", help="seconds to this validation loss")
+    data_dir = "./data/shakespeare"
+    add("--data_dir", default=data_dir, metavar="DIR", help=f"its data (default: {data_dir})")
+    add("--flags", nargs="*", default=[], metavar="F", help=FLAGS)
+    add = parser.add_argument_group("output").add_argument
     add("--save", metavar="FILE", help="write the JSON here too")
     options = parser.parse_args(argv)
     if options.nanogpt and not (Path(options.nanogpt) / "model.py").is_file():
-        raise ValueError(f"--nanogpt {options.nanogpt}: no model.py in it")
+        raise ValueError(
+            f"--nanogpt {options.nanogpt}: no model.py in it; it comes with "
+            "`git clone https://github.com/karpathy/nanoGPT`"
+        )
     if min(options.samples, options.steps, options.streams, options.batch_size) < 1:
         raise ValueError("--samples, --steps, --streams and --batch_size must be at least 1")
     if options.processes:
         options.processes = parse_processes(options)
-    report = {"work": options.work, "machine": machine(options), "options": vars(options).copy()}
-    report |= WORK[options.work](options)
-    return show(report, table(report), options.save)
+    return options
 
 
 if __name__ == "__main__":

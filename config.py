@@ -36,7 +36,7 @@ class GPT2Config:
     # batch
     batch_size: int = 12  # sequences in a micro-batch
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes
-    max_iters: int = 100000  # updates
+    max_iters: int = 100000  # steps, an update of the weights each
     # optimizer and schedule
     optimizer: str = "adamw"  # adamw or muon (Muon for the blocks' matrices, AdamW for the rest)
     learning_rate: float = 6e-4  # peak learning rate
@@ -45,7 +45,7 @@ class GPT2Config:
     warmup_iters: int | None = None  # steps of linear warmup; unset: 2000, at most max_iters / 10
     lr_decay_iters: int | None = None  # step at which min_lr is reached; unset: max_iters
     weight_decay: float = 0.1  # decoupled, on matrices only
-    beta1: float = 0.9  # AdamW: decay of the gradient's mean
+    beta1: float = 0.9  # decay of the gradient's mean, Muon's momentum
     beta2: float = 0.95  # AdamW: decay of the gradient's square
     grad_clip: float | None = 1.0  # largest gradient norm; none: no clipping
     # precision and hardware
@@ -66,7 +66,8 @@ class GPT2Config:
     keep_checkpoints: int = 3  # how many of the numbered checkpoints to keep
     log_dir: str = "./runs"  # where each run's folder of curves goes
     log_interval: int = 10  # steps between logged lines
-    preset: str = "auto"  # a name from GPT2_CONFIGS, auto (fits device and data), or none
+    # preset
+    preset: str = "auto"  # values for what is not set; auto: what fits device and data
 
 
 # "gpt2" holds the values that GPT2Config ships with, so that a field edited above is recognised as
@@ -112,18 +113,20 @@ GPT2_CONFIGS = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
     "shakespeare-cpu": {
         "block_size": 64,
-        "n_layer": 4,
+        "n_layer": 3,
         "n_head": 4,
         "n_embd": 128,
         "dropout": 0.0,
-        "batch_size": 16,
+        "gelu": "exact",
+        "batch_size": 48,
         "gradient_accumulation_steps": 1,
-        "max_iters": 1700,
+        "max_iters": 1100,
         "optimizer": "muon",
         "learning_rate": 8e-3,
         "lr_schedule": "linear",
+        "beta2": 0.99,
         "eval_interval": 250,
-        "eval_iters": 110,
+        "eval_iters": 37,
         "checkpoint_interval": 1000,
         "log_interval": 10,
     },
@@ -357,27 +360,61 @@ def finetune_preset(
 
 
 def add_flags(parser):
-    """Give parser a flag for every field; what the user leaves out is left out of the result."""
-    comments = _comments()
+    """Give parser a flag for every field, in the groups of GPT2Config; what the user leaves out is
+    left out of the result.
+    """
+    notes, groups = _notes(), {}
     for field in fields(GPT2Config):
-        optional = {"nargs": "?", "const": "true"} if _is_a(True, FIELD_TYPES[field.name]) else {}
-        shown = "none" if field.default is None else field.default
-        parser.add_argument(
+        title, comment = notes.get(field.name, ("settings", ""))
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        may_stand_alone = _is_a(True, FIELD_TYPES[field.name])
+        groups[title].add_argument(
             f"--{field.name}",
-            default=None,
-            metavar="X",
-            help=f"{comments.get(field.name, '')} (default: {shown})".replace("%", "%%"),
-            **optional,
+            nargs="?" if may_stand_alone else None,
+            const="true" if may_stand_alone else None,
+            metavar=_metavar(field.name),
+            help=_help(field, comment),
         )
 
 
-def _comments():
-    """The comment beside each field: written once, read in the code and in --help."""
+def _notes():
+    """(group, comment) of each field, as GPT2Config's source has them: written once, read in the
+    code and in --help.
+    """
     try:
         source = inspect.getsource(GPT2Config)
     except OSError:
         return {}
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    notes, group = {}, "settings"
+    for title, name, comment in re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", source, re.M):
+        group = title or group
+        if name:
+            notes[name] = group, comment
+    return notes
+
+
+def _metavar(name):
+    """What kind of value a field takes, or which values, where --help has room for them."""
+    kinds = {int: "N", float: "X", bool: "{true,false}", str: "NAME"}
+    if name.endswith("_dir"):
+        return "DIR"
+    if name in CHOICES and name != "preset":
+        return f"{{{','.join(CHOICES[name])}}}"
+    return next(shown for kind, shown in kinds.items() if kind in _kinds(FIELD_TYPES[name]))
+
+
+def _kinds(kind):
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _help(field, comment):
+    """The comment, with the default; "unset: ..." in it says what that is where there is none."""
+    comment, _, derived = comment.partition("; unset: ")
+    if field.name == "preset":
+        comment += f"; or {', '.join(CHOICES['preset'][1:])}"
+    default = derived or ("none" if field.default is None else str(field.default).lower())
+    return f"{comment} (default: {default})".replace("%", "%%")
 
 
 def parse_values(texts: dict[str, str]) -> tuple[dict, list[str]]:

@@ -1,6 +1,6 @@
 """Weights in and out: our checkpoints, Hugging Face's folders and repositories, nanoGPT's files.
 
-    python convert.py from_hf gpt2 gpt2.pt                          # or a folder, or any org/name
+    python convert.py from_hf gpt2 gpt2.pt        # or a folder, or any org/name
     python convert.py to_hf checkpoints/best_checkpoint.pt my-model
     python convert.py from_nanogpt out/ckpt.pt adopted.pt
 
@@ -30,7 +30,16 @@ from checkpoint import CheckpointError
 from config import DTYPES, GPT2_CONFIGS, GPT2Config, dtype_name, problems, to_dict
 from model import GPT2
 from tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
-from utils import ArgumentParser, log, pick_device, pick_dtype, run
+from utils import (
+    ArgumentParser,
+    command_for,
+    log_next,
+    log_row,
+    pick_device,
+    pick_dtype,
+    run,
+    warn,
+)
 
 # A tensor has the same name here and in Hugging Face's files (h.*: once a block); True where theirs
 # is the transpose of ours, because their Conv1D multiplies from the other side.
@@ -118,9 +127,13 @@ def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
     config = checkpoint.model_config(state)
     tokenizer = _tokenizer(state, config, name)
     if tokenizer is None and need_tokenizer:
-        raise ValueError(f"{name} has no tokenizer, so that it can neither read nor write text")
+        raise ValueError(
+            f"{name} has no tokenizer, so that it can neither read nor write text; "
+            "`convert.py from_nanogpt --tokenizer FILE` gives a model of nanoGPT one"
+        )
     model = build(state, config).to(device, getattr(torch, dtype)).eval()
-    log(f"model      {name}: {_history(state)}{_facts(model, tokenizer)}, {dtype} on {device}")
+    facts = f"{_facts(model, tokenizer)}, {dtype} on {device}"
+    log_row("model", f"{name}{_history(state)}\n{facts}")
     if not Path(name).is_file():
         check_loss(model, tokenizer)
     return model, tokenizer
@@ -196,7 +209,7 @@ def _history(state):
         return ""
     best = state["best_val_loss"]
     loss = "unknown" if best is None else format(best, ".4f")
-    return f"step {state['step']:,}, validation loss {loss}, "
+    return f" (step {state['step']:,}, validation loss {loss})"
 
 
 def _facts(model, tokenizer):
@@ -220,9 +233,9 @@ def check_loss(model, tokenizer) -> float | None:
     idx = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T + 1)
     loss = model(idx[:, :-1], idx[:, 1:])[1].item()
     guessing = math.log(model.config.vocab_size)
-    log(f"check      loss {loss:.4f} on a built-in English text, {guessing:.4f} by guessing")
+    log_row("check", f"loss {loss:.4f} on a built-in English text, {guessing:.4f} by guessing")
     if not loss < guessing + 0.5:
-        log("warning: that is worse than guessing; are the weights what they should be?")
+        warn("that is worse than guessing; are the weights what they should be?")
     return loss
 
 
@@ -434,7 +447,9 @@ def to_hf(spec, folder):
         files["tokenizer.json"] = tokenizer_to_hf(tokenizer)
         files["tokenizer_config.json"] = _tokenizer_settings(tokenizer, config)
     _write_folder(folder, tensors_to_hf(model.state_dict(), config), files)
-    log(f"wrote      {folder}: {', '.join(['model.safetensors', *files])}")
+    log_row("wrote", f"{folder}: {', '.join(['model.safetensors', *files])}", "green")
+    if tokenizer is not None:
+        log_next(command_for("generate.py", "--checkpoint", folder, "--interactive"))
 
 
 def config_to_hf(config: GPT2Config, tokenizer, dtype) -> dict:
@@ -548,7 +563,7 @@ def read_hf_tokenizer(folder: Path, vocab_size: int):
     try:
         return tokenizer_from_hf(*_tokenizer_files(folder), vocab_size)
     except ValueError as error:
-        log(f"tokenizer  left out: {error}")
+        log_row("tokenizer", f"left out: {error}")
         return None
 
 
@@ -656,15 +671,16 @@ def read_nanogpt(path, tokenizer=None, gelu="exact") -> dict:
     if tokenizer is None and config.vocab_size in (GPT2_SIZE, NANOGPT_PADDED):
         tokenizer = GPT2Tokenizer()
     if tokenizer is None:
-        log("tokenizer  not known: --tokenizer FILE names the tokenizer.json of the data set")
+        log_row("tokenizer", "not known: --tokenizer FILE names the tokenizer.json of the data set")
         return new_state(config, tensors, None)
     if tokenizer.vocab_size == GPT2_SIZE and config.vocab_size == NANOGPT_PADDED:
-        log(f"trimmed    the vocabulary from {NANOGPT_PADDED:,} to {GPT2_SIZE:,} tokens")
+        log_row("trimmed", f"the vocabulary from {NANOGPT_PADDED:,} to {GPT2_SIZE:,} tokens")
         config.vocab_size = GPT2_SIZE
         tensors[HEAD] = tensors[EMBEDDING] = tensors[EMBEDDING][:GPT2_SIZE].clone()
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens, {path} {config.vocab_size:,}"
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, {path} {config.vocab_size:,}; "
+            "--tokenizer FILE: the one that its training data was made with"
         )
     return new_state(config, tensors, tokenizer)
 
@@ -688,39 +704,48 @@ def main(argv=None) -> int:
     if options.command == "from_nanogpt":
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
         state, name = read_nanogpt(options.source, tokenizer, options.gelu), options.source
-        log("left out   the optimizer's state: training goes on from the weights, with a new one")
+        log_row("left out", "the optimizer's state: training goes on with a new one")
     elif Path(options.source).is_file():
-        raise ValueError(f"{options.source} is a file; from_hf takes a folder or a hub's name")
+        raise ValueError(
+            f"{options.source} is a file; from_hf takes a folder or a hub's name, from_nanogpt "
+            "nanoGPT's ckpt.pt"
+        )
     else:
         state, name = load_state(options.source)
     config = checkpoint.model_config(state)
     model, tokenizer = build(state, config).float(), _tokenizer(state, config, name)
-    log(f"model      {name}: {_facts(model, tokenizer)}")
+    log_row("model", f"{name}\n{_facts(model, tokenizer)}")
     check_loss(model, tokenizer)
     checkpoint.save(options.target, state)
-    log(f"wrote      {options.target}")
+    log_row("wrote", str(options.target), "green")
+    if tokenizer is not None:
+        log_next(command_for("generate.py", "--checkpoint", options.target, "--interactive"))
     return 0
 
 
 def parse(argv):
-    parser = ArgumentParser(prog="convert.py", description="Bring models in, take models out.")
+    parser = ArgumentParser(__doc__, prog="convert.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = commands.add_parser("from_hf", help="a Hugging Face model -> a checkpoint")
-    command.add_argument(
-        "source", metavar="NAME_OR_DIR", help="gpt2 ... gpt2-xl, org/name, a folder"
-    )
-    command.add_argument("target", metavar="OUT.pt", help="the checkpoint to write")
-    command = commands.add_parser("to_hf", help="a checkpoint -> a Hugging Face folder")
-    command.add_argument("source", metavar="CHECKPOINT.pt", help="the model to export")
-    command.add_argument("target", metavar="DIR", help="the folder to write, new or empty")
-    command = commands.add_parser("from_nanogpt", help="nanoGPT's ckpt.pt -> a checkpoint")
-    command.add_argument("source", metavar="CKPT.pt", help="what nanoGPT's train.py saved")
-    command.add_argument("target", metavar="OUT.pt", help="the checkpoint to write")
-    command.add_argument("--tokenizer", metavar="FILE", help="the tokenizer.json of a data set")
-    command.add_argument(
-        "--gelu", choices=["exact", "tanh"], default="exact", help="tanh: trained before May 2023"
-    )
+    made = {"metavar": "OUT.pt", "help": "the checkpoint to write"}
+    about = "a Hugging Face model -> a checkpoint"
+    sub = commands.add_parser("from_hf", help=about, description=about)
+    sub.add_argument("source", metavar="NAME_OR_DIR", help="gpt2 ... gpt2-xl, org/name, a folder")
+    sub.add_argument("target", **made)
+    about = "a checkpoint -> a Hugging Face folder"
+    sub = commands.add_parser("to_hf", help=about, description=about)
+    sub.add_argument("source", metavar="CHECKPOINT.pt", help="the model to export")
+    sub.add_argument("target", metavar="DIR", help="the folder to write, new or empty")
+    about = "nanoGPT's ckpt.pt -> a checkpoint"
+    sub = commands.add_parser("from_nanogpt", help=about, description=about)
+    sub.add_argument("source", metavar="CKPT.pt", help="what nanoGPT's train.py saved")
+    sub.add_argument("target", **made)
+    sub.add_argument("--tokenizer", metavar="FILE", help=TOKENIZER)
+    sub.add_argument("--gelu", choices=["exact", "tanh"], default="exact", help=GELU_FORM)
     return parser.parse_args(argv)
+
+
+TOKENIZER = "the tokenizer.json of the data set (default: GPT-2's, if the vocabulary has its size)"
+GELU_FORM = "tanh: trained before May 2023 (default: exact)"
 
 
 if __name__ == "__main__":

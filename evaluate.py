@@ -1,6 +1,7 @@
 """How good a model is: loss on a data set or on a text, HellaSwag, LAMBADA.
 
-    python evaluate.py                                    # on what the model was trained with
+    python evaluate.py                      # on what the model was trained with
+    python evaluate.py --data_dir data/mytext --split train
     python evaluate.py --task perplexity --file novel.txt --stride 256
     python evaluate.py --checkpoint gpt2 --task hellaswag lambada --json
     torchrun --nproc_per_node 8 evaluate.py --task hellaswag
@@ -13,12 +14,12 @@ import math
 import sys
 from contextlib import nullcontext
 from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from config import DTYPES, dtype_name
 from convert import load_model
@@ -26,10 +27,14 @@ from data import TokenDataset, validation_starts, windows_at
 from utils import (
     ArgumentParser,
     autocast,
+    command_for,
     download,
     from_first,
     gather_from_processes,
-    log,
+    laid_out,
+    live_line,
+    log_next,
+    log_row,
     perplexity,
     pick_device,
     pick_dtype,
@@ -37,6 +42,7 @@ from utils import (
     rank,
     run,
     sum_over_processes,
+    warn,
     world_size,
 )
 
@@ -86,7 +92,8 @@ def mean_loss(
     model.eval()
     try:
         with autocast:
-            for first in progress(range(0, len(starts), batch_size * world_size()), show_progress):
+            firsts = range(0, len(starts), batch_size * world_size())
+            for first in with_bar(firsts, len(firsts), "batch") if show_progress else firsts:
                 mine = my_batch(starts[first:], batch_size)
                 some = mine if len(mine) else starts[:1]
                 x, y = full_batch(windows_at(tokens, some, block_size, vocab_size), batch_size)
@@ -123,9 +130,12 @@ def to(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def progress(items, show=True):
-    """items, with a bar on the first process's terminal."""
-    return tqdm(items, leave=False, disable=None if show and rank() == 0 else True)
+def with_bar(items, total, unit):
+    """items, and how many of them are done."""
+    with live_line("scoring", total, unit) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 def evaluate_split(model, tokenizer, options) -> dict:
@@ -206,7 +216,7 @@ def score(model, rows, batch_size: int, device, autocast) -> list[Score]:
     rows yields (ids, first): the tokens ids[first:] are scored, each given all that precede it in
     ids; first is at least 1. The model is in eval mode.
     """
-    rows, scored = enumerate(progress(rows)), []
+    rows, scored = enumerate(with_bar(rows, length_hint(rows) or None, "row")), []
     with autocast:
         while some := list(islice(rows, batch_size * world_size())):
             mine = my_batch(some, batch_size)
@@ -246,7 +256,7 @@ def evaluate_text(model, tokenizer, options) -> dict:
     rows = text_windows(encoded_pieces(options.file, tokenizer), context, stride)
     scores = score(model, rows, options.batch_size, options.device, options.autocast)
     if not scores:
-        raise ValueError(f"{options.file}: one token only, which nothing precedes")
+        raise ValueError(f"{options.file}: one token only, which nothing precedes; take more text")
     nats, tokens = math.fsum(found.nats for found in scores), sum(found.tokens for found in scores)
     return {
         "task": "perplexity",
@@ -271,9 +281,9 @@ def measure_text(path) -> tuple[int, int]:
                 text_bytes += len(line.encode())
                 words += len(line.split())
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8") from None
+        raise ValueError(f"{path}: not UTF-8; save it as UTF-8") from None
     if words == 0:
-        raise ValueError(f"{path}: no text in it")
+        raise ValueError(f"{path}: no text in it; name another with --file")
     return text_bytes, words
 
 
@@ -354,13 +364,13 @@ def score_completions(model, tokenizer, examples, options) -> list[list[Score]]:
         if room < 1:
             raise ValueError(
                 f"example {number}: {block_size + 1 - room} tokens after the context, "
-                f"more than block_size {block_size}"
+                f"more than block_size {block_size}; take a model with a longer one"
             )
         cropped += len(prompt) > room
         kept = prompt[-room:]
         asked.append([(tuple(kept + ending), len(kept)) for ending in endings])
     if cropped:
-        log(f"{cropped:,} of {len(examples):,} contexts cropped to fit block_size {block_size}")
+        warn(f"{cropped:,} of {len(examples):,} contexts cropped to fit block_size {block_size}")
     rows = dict.fromkeys(row for rows in asked for row in rows)
     rows = sorted(rows, key=lambda row: -len(row[0]))  # alike in length: less padding
     scores = score(model, rows, options.batch_size, options.device, options.autocast)
@@ -373,7 +383,7 @@ def read_examples(path, parse) -> list[tuple]:
     try:
         lines = Path(path).read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8") from None
+        raise ValueError(f"{path}: not UTF-8; save it as UTF-8") from None
     examples = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -382,7 +392,7 @@ def read_examples(path, parse) -> list[tuple]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     if not examples:
-        raise ValueError(f"{path}: no examples in it")
+        raise ValueError(f"{path}: no examples in it; name another with --file")
     return examples
 
 
@@ -434,7 +444,7 @@ def downloaded(task) -> Path:
     path = Path("data") / task / address.rsplit("/", 1)[1]
 
     def fetch():
-        log(f"downloading {address}")
+        log_row("fetching", address)
         try:
             download(address, sha256, path)
         except ValueError as problem:
@@ -462,7 +472,8 @@ def table(result: dict) -> str:
     lines = []
     for name, value in result.items():
         style = {int: ",", float: ".4f"}.get(type(value), "")
-        lines.append(f"{name:<16} {'unknown' if value is None else format(value, style)}")
+        value = "unknown" if value is None else format(value, style)
+        lines.append(laid_out(value, f"{name:<17}", "dim", sys.stdout))
     return "\n".join(lines)
 
 
@@ -473,24 +484,35 @@ def one_line(result: dict) -> str:
 
 
 def parse(argv):
-    parser = ArgumentParser(prog="evaluate.py", description="Measure a model.")
-    add = parser.add_argument
-    add("--checkpoint", metavar="PATH", help="none: the best of ./checkpoints")
-    add("--task", nargs="+", choices=TASKS, default=["val"], help="what to measure (default: val)")
-    add("--file", metavar="FILE", help="a text, or examples; none: they are downloaded")
-    add("--data_dir", metavar="DIR", help="val: data set; none: what the model was trained on")
-    add("--split", choices=["train", "val"], help="val: which split (default: val)")
-    add("--block_size", type=int, metavar="N", help="val: tokens in a window; none: the model's")
-    add("--context", type=int, metavar="N", help="perplexity: tokens in a window; none: as above")
-    add("--stride", type=int, metavar="N", help="perplexity: its step; none: half a window")
+    parser = ArgumentParser(__doc__, prog="evaluate.py", usage=USAGE)
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--task", nargs="+", choices=TASKS, default=["val"], metavar="TASK", help=TASK)
+    add("--checkpoint", metavar="MODEL", help=CHECKPOINT)
+    add("--file", metavar="FILE", help="a text, or examples (default: they are downloaded)")
+    add = parser.add_argument_group("of --task val").add_argument
+    add("--data_dir", metavar="DIR", help="data set (default: what the model was trained on)")
+    add("--split", choices=["train", "val"], help="which split (default: val)")
+    add("--block_size", type=int, metavar="N", help="tokens in a window (default: the model's)")
+    add = parser.add_argument_group("of --task perplexity").add_argument
+    add("--context", type=int, metavar="N", help="tokens in a window (default: block_size)")
+    add("--stride", type=int, metavar="N", help="its step (default: half a window)")
+    add = parser.add_argument_group("hardware and output").add_argument
     add("--batch_size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
-    add("--device", help="cuda, cuda:1, mps or cpu; none: the best there is")
-    add("--dtype", help=f"{', '.join(DTYPES)}; none: the best there is")
+    add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: the best there is)")
     add("--json", action="store_true", help="print one JSON object a line for each task")
     options = parser.parse_args(argv)
     options.task = list(dict.fromkeys(options.task))
     check(options)
     return options
+
+
+USAGE = "evaluate.py [--task TASK ...] [--checkpoint MODEL] [flags below]"
+TASK = f"one or more of {', '.join(TASKS)} (default: val)"
+CHECKPOINT = (
+    "a checkpoint, a Hugging Face folder, or a name on the hub: gpt2, org/name (default: the best "
+    "of ./checkpoints)"
+)
 
 
 def check(options):
@@ -529,6 +551,8 @@ def main(argv=None) -> int:
             result = TASKS[task](model, tokenizer, options)
             if rank() == 0:
                 print(one_line(result) if options.json else table(result), flush=True)
+    which = [] if options.checkpoint is None else ["--checkpoint", options.checkpoint]
+    log_next(command_for("generate.py", *which, "--interactive"))
     return 0
 
 

@@ -2,7 +2,9 @@
 
     python generate.py --prompt "To be"
     python generate.py --interactive
-    python generate.py --prompts_file prompts.txt --output samples.txt --temperature 0.7
+    python generate.py --prompt "To be" --temperature 0.7 --num_samples 3
+    python generate.py --prompts_file prompts.txt --output samples.txt --seed 7
+    python generate.py --checkpoint gpt2-xl --prompt "In a shocking finding"
 
 From Python: `from generate import batch_generate; batch_generate(prompts, "samples.txt")`.
 Shapes: B rows (a prompt or one of its samples each), T time, V vocabulary, K candidates.
@@ -23,7 +25,18 @@ from config import DTYPES
 from convert import load_model
 from model import KVCache, context_limit, context_start
 from tokenizer import StreamDecoder
-from utils import ArgumentParser, derived_seed, log, run
+from utils import (
+    ArgumentParser,
+    command_for,
+    derived_seed,
+    laid_out,
+    log,
+    log_next,
+    log_row,
+    run,
+    styled,
+    warn,
+)
 
 SEPARATOR = "---\n"  # between texts, where there are several
 CONTROLS = set(range(32)) - {ord("\n"), ord("\t")} | set(range(127, 160))
@@ -87,9 +100,22 @@ def parse_settings(texts: dict[str, str]) -> tuple[dict, list[str]]:
 
 
 def describe(sampling: Sampling) -> str:
-    """The settings in force, on one line."""
+    """The settings in force, on one line; some are named only where they were changed."""
+    usual = {"top_p": None, "stop": None, "num_samples": 1}
     settings = vars(sampling).items()
-    return ", ".join(f"{name} {'none' if value is None else value}" for name, value in settings)
+    shown = [f"{name} {_shown(v)}" for name, v in settings if name not in usual or v != usual[name]]
+    return ", ".join(shown)
+
+
+def explain(sampling: Sampling) -> str:
+    """Every setting with its value and its meaning, a line each."""
+    settings = vars(sampling).items()
+    lines = [laid_out(MEANINGS[name], f"{name:<15} {_shown(v):<6} ") for name, v in settings]
+    return "\n".join(lines)
+
+
+def _shown(value):
+    return "none" if value is None else str(value)
 
 
 # ---------------------------------------------------------------- choosing a token
@@ -347,7 +373,7 @@ def stream_text(model, tokenizer, prompts, sampling, samples=None):
     limit = context_limit(model.config)
     for length in sorted({len(row) for row in ids if context_start(len(row), limit)}):
         seen = length - context_start(length, limit)
-        log(f"a prompt of {length} tokens is cropped to its last {seen} (block_size {limit})")
+        warn(f"a prompt of {length} tokens is cropped to its last {seen} (block_size {limit})")
     rows = [TextRow(tokenizer, sampling.stop) for _ in prompts]
     for new in generate_ids(model, ids, sampling, samples, tokenizer.eot_id):
         yield [row.push(token) for row, token in zip(rows, new, strict=True)]
@@ -447,7 +473,7 @@ def write_texts(path, texts) -> list[str]:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-    log(f"wrote {len(written)} texts to {path}")
+    log_row("wrote", f"{len(written)} texts to {path}", "green")
     return written
 
 
@@ -457,28 +483,43 @@ def write_texts(path, texts) -> list[str]:
 def show(text: str):
     """Text on stdout at once; what would steer a terminal is shown as \\x1b instead."""
     if text:
-        text = text.translate(ESCAPES) if sys.stdout.isatty() else text
-        print(text, end="", flush=True)
+        print(_visible(text), end="", flush=True)
+
+
+def show_prompt(prompt: str):
+    """The prompt before its continuation: on a terminal it stands out."""
+    print(styled(_visible(prompt), "bold", sys.stdout), end="", flush=True)
+
+
+def _visible(text):
+    return text.translate(ESCAPES) if sys.stdout.isatty() else text
 
 
 def show_texts(model, tokenizer, prompts, sampling):
     """A single text as it comes, several one after the other."""
-    if len(prompts) * sampling.num_samples > 1:
+    samples = sampling.num_samples
+    if len(prompts) * samples > 1:
         for number, text in enumerate(generate_texts(model, tokenizer, prompts, sampling)):
-            show(f"{SEPARATOR if number else ''}{text}\n")
+            prompt = prompts[number // samples]
+            show(SEPARATOR if number else "")
+            show_prompt(prompt)
+            show(f"{text[len(prompt) :]}\n")
         return
-    pieces = stream_text(model, tokenizer, prompts, sampling)
-    for number, [piece] in enumerate(pieces):
-        show(piece if number else prompts[0] + piece)
+    for number, [piece] in enumerate(stream_text(model, tokenizer, prompts, sampling)):
+        if number == 0:
+            show_prompt(prompts[0])
+        show(piece)
     show("\n")
 
 
 HELP = """\
-Every line is continued by the model, on its own: nothing of earlier lines is remembered.
-Each prompt takes the next seed (--seed, --seed + 1, ...), so the same line twice gives two texts.
+Every line is continued by the model, on its own: nothing of earlier lines is
+remembered. Each takes the next seed (--seed, --seed + 1, ...), so that the
+same line twice gives two texts. Ctrl-C ends a text.
 /set NAME VALUE   change a setting, for example: /set temperature 0.7
-/show             the settings in force
-/quit             leave, as the end of input does"""
+/show             the settings and what they mean
+/quit             leave, as the end of input (Ctrl-D) does"""
+WELCOME = "type a line, the model continues it; /help for more, Ctrl-D leaves"
 
 
 def interact(model, tokenizer, sampling) -> int:
@@ -495,7 +536,7 @@ def interact(model, tokenizer, sampling) -> int:
                 answered += 1
                 show_texts(model, tokenizer, [line], seeded)
         except ValueError as error:
-            log(f"error: {error}")
+            print(laid_out(str(error), "error: ", "red"), file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             show("\n")
     return 0
@@ -504,11 +545,15 @@ def interact(model, tokenizer, sampling) -> int:
 def read_line() -> str | None:
     """The next line of input, None at its end. A prompt is shown to a person only."""
     person = sys.stdin.isatty()
+    if person:
+        log()
     if person and not sys.stdout.isatty():  # input() would write its prompt among the results
         print("> ", end="", file=sys.stderr, flush=True)
     try:
         return input("> " if person and sys.stdout.isatty() else "")
     except EOFError:
+        if person:
+            log()  # the shell's prompt shall not follow ours
         return None
 
 
@@ -523,12 +568,13 @@ def command(line: str, sampling: Sampling) -> Sampling:
         if found:
             raise ValueError(found[0].replace("--", "/set ", 1))
         sampling = replace(sampling, **values)
+        log_row("sampling", describe(sampling))
     elif word == "/help":
         log(HELP)
-    elif word != "/show":
+    elif word == "/show":
+        print(explain(sampling), file=sys.stderr, flush=True)
+    else:
         raise ValueError(f"{word}: no such command; /help lists them")
-    if word != "/help":
-        log(describe(sampling))
     return sampling
 
 
@@ -542,31 +588,37 @@ def main(argv=None) -> int:
             stream.reconfigure(encoding="utf-8", errors="replace")
     prompts = read_prompts(options)
     model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
-    log(f"sampling   {describe(sampling)}")
+    log_row("sampling", describe(sampling))
     if options.interactive:
-        log("           /help lists the commands; end of input (Ctrl-D) or /quit leaves")
+        log_row("how", WELCOME)
         return interact(model, tokenizer, sampling)
     if options.output is not None:
         write_texts(options.output, generate_texts(model, tokenizer, prompts, sampling))
-    else:
-        show_texts(model, tokenizer, prompts, sampling)
+        return 0
+    show_texts(model, tokenizer, prompts, sampling)
+    which = [] if options.checkpoint is None else ["--checkpoint", options.checkpoint]
+    log_next(command_for("generate.py", *which, "--interactive"))
     return 0
 
 
 def parse(argv):
     """The options and how to sample; ValueError with a line for every problem at once."""
-    parser = ArgumentParser(prog="generate.py", description="Continue a prompt.")
-    parser.add_argument("--checkpoint", metavar="PATH", help="none: the best of ./checkpoints")
-    what = parser.add_mutually_exclusive_group()
+    parser = ArgumentParser(__doc__, prog="generate.py", usage=USAGE)
+    which = parser.add_argument_group("which model").add_argument
+    which("--checkpoint", metavar="MODEL", help=CHECKPOINT)
+    which("--device", metavar="NAME", help=DEVICE)
+    which("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: the best there is)")
+    group = parser.add_argument_group("what to continue, and where the text goes")
+    what = group.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", default="", help="text to continue")
-    what.add_argument("--interactive", action="store_true", help="continue line after line")
+    what.add_argument("--interactive", action="store_true", help="continue what is typed")
     what.add_argument("--prompts_file", metavar="FILE", help="a prompt a line, blank ones skipped")
-    parser.add_argument("--output", metavar="FILE", help="write the texts here, not to stdout")
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; none: the best there is")
-    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; none: the best there is")
+    group.add_argument("--output", metavar="FILE", help="write the texts here, not to stdout")
+    how = parser.add_argument_group("how tokens are drawn").add_argument
+    kinds = {int: "N", float: "X", str: "TEXT"}
     for name, default in vars(Sampling()).items():
-        shown = "none" if default is None else str(default)
-        parser.add_argument(f"--{name}", default=shown, metavar="X", help=MEANINGS[name])
+        meaning = f"{MEANINGS[name]} (default: {_shown(default)})"
+        how(f"--{name}", default=_shown(default), metavar=kinds[LIMITS[name][0]], help=meaning)
     options, unknown = parser.parse_known_args(argv)
 
     found = parser.unknown_flags(unknown) if unknown else []
@@ -579,6 +631,14 @@ def parse(argv):
     return options, Sampling(**values)
 
 
+USAGE = "generate.py --prompt TEXT | --interactive | --prompts_file FILE [flags]"
+CHECKPOINT = (
+    "a checkpoint, a Hugging Face folder, or a name on the hub: gpt2-xl, org/name (default: "
+    "the best of ./checkpoints)"
+)
+DEVICE = "cuda, cuda:1, mps or cpu (default: the best there is)"
+
+
 def read_prompts(options) -> list[str]:
     """The prompts of the command line."""
     path = options.prompts_file
@@ -587,7 +647,9 @@ def read_prompts(options) -> list[str]:
     try:
         lines = Path(path).read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts_file {path}: not UTF-8 (byte {error.start})") from None
+        raise ValueError(
+            f"--prompts_file {path}: not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts_file {path}: holds no prompt; it needs one a line")

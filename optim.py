@@ -6,7 +6,6 @@ import torch
 
 from config import GPT2Config
 
-MUON_MOMENTUM = 0.95  # Jordan 2024
 AT_ONCE = 2**22  # numbers that are orthogonalized together; more would only take more memory
 
 
@@ -69,9 +68,10 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups marked `muon` are updated with orthogonalized momentum instead.
 
     Muon (Jordan 2024) with the update scaled to AdamW's usual size, 0.2 * sqrt(longer side) (Liu et
-    al. 2025), so that one learning rate serves both. Matrices of one shape are orthogonalized
-    together; the three that c_attn stacks are taken apart first. A matrix that fsdp has spread over
-    the processes is put together for it, in each of them: a part of it would not do.
+    al. 2025), so that one learning rate serves both, as beta1 does for the momentum. Matrices of
+    one shape are orthogonalized together; the three that c_attn stacks are taken apart first. A
+    matrix that fsdp has spread over the processes is put together for it, in each of them: a part
+    of it would not do.
     """
 
     def __init__(self, params, orthogonalize_dtype=None, **options):
@@ -93,28 +93,28 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _muon_step(self, group):
-        found_inf = getattr(self, "found_inf", None)
+        found_inf, beta = getattr(self, "found_inf", None), group["betas"][0]
         keep = 1.0 if found_inf is None else 1.0 - found_inf  # 0 where the step must change nothing
-        updates = {}  # parameter -> what is subtracted from it
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), device=p.device)  # AdamW expects one
-                state["momentum_buffer"] = torch.zeros_like(p)
-            grad, momentum = p.grad, state["momentum_buffer"]
-            if found_inf is not None:
-                grad = torch.where(found_inf > 0, 0.0, grad)
-            state["step"] += keep
-            momentum.lerp_(grad, (1 - MUON_MOMENTUM) * keep)
-            updates[p] = whole(grad.lerp(momentum, MUON_MOMENTUM))  # Nesterov
-        self._orthogonalize(updates.values())
-        params = list(updates)
+        params = [p for p in group["params"] if p.grad is not None]
+        states = [self._state_of(p) for p in params]
+        grads, momenta = [p.grad for p in params], [state["momentum_buffer"] for state in states]
+        if found_inf is not None:  # a mean of itself and itself is itself
+            grads = [torch.where(found_inf > 0, m, g) for g, m in zip(grads, momenta, strict=True)]
+        torch._foreach_add_([state["step"] for state in states], keep)
+        torch._foreach_lerp_(momenta, grads, 1 - beta)
+        torch._foreach_lerp_(grads, momenta, beta)  # Nesterov; gradients have served then
+        updates = [whole(g) for g in grads]
+        self._orthogonalize(updates)
+        updates = [laid_out_as(p, update) for p, update in zip(params, updates, strict=True)]
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * keep)
-        steps = [laid_out_as(p, updates[p]) for p in params]
-        torch._foreach_mul_(steps, -group["lr"] * keep)
-        torch._foreach_add_(params, steps)
+        torch._foreach_mul_(updates, -group["lr"] * keep)
+        torch._foreach_add_(params, updates)
+
+    def _state_of(self, p):
+        if not self.state[p]:
+            self.state[p]["step"] = torch.zeros((), device=p.device)  # AdamW expects one
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return self.state[p]
 
     def _orthogonalize(self, updates):
         """In place, matrices of one shape together."""

@@ -1,17 +1,17 @@
 """Text to a data set for train.py: train.bin, val.bin, tokenizer.json, and meta.json last.
 
-    python prepare_data.py                                  # tiny Shakespeare, by characters
-    python prepare_data.py --input novel.txt                # your own text, GPT-2's tokens
-    python prepare_data.py --input notes/ chat.jsonl.gz --tokenizer bpe --data_dir data/mine
-    python prepare_data.py --dataset fineweb --name sample-10BT     # from the Hugging Face hub
-    python prepare_data.py --adopt DIR                      # nanoGPT's train.bin and val.bin
+    python prepare_data.py                      # tiny Shakespeare, by characters
+    python prepare_data.py --input novel.txt    # your own text, GPT-2's tokens
+    python prepare_data.py --input a.txt --tokenizer char --data_dir data/a
+    python prepare_data.py --input notes/ chat.jsonl.gz --tokenizer bpe
+    python prepare_data.py --dataset fineweb --name sample-10BT    # from the hub
+    python prepare_data.py --adopt nanoGPT/data/openwebtext      # its .bin files
 
 Text is read in chunks, so that it may be larger than the memory: once to count it and to learn its
 vocabulary, once to encode it; its end is the validation split. Parquet files are read once, and a
 hash of each document says which split it is for; a run that was stopped goes on.
 """
 
-import argparse
 import codecs
 import contextlib
 import gzip
@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 import threading
@@ -33,7 +32,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from data import (
     UNFINISHED,
@@ -48,7 +46,20 @@ from data import (
     write_dataset,
 )
 from tokenizer import KINDS, BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
-from utils import ArgumentParser, download, human_time, lock, log, run
+from utils import (
+    ArgumentParser,
+    command_for,
+    download,
+    human_time,
+    labelled,
+    live_line,
+    lock,
+    log,
+    log_row,
+    next_commands,
+    run,
+    warn,
+)
 
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -123,7 +134,7 @@ def shakespeare(data_dir) -> tuple[str, Path]:
     try:
         download(SHAKESPEARE, SHAKESPEARE_SHA256, path)
     except ValueError as problem:
-        log(
+        warn(
             f"tiny Shakespeare cannot be downloaded ({problem}): using {BUNDLED.name}, which is "
             f"here; to change to it later, put it at {path} and add --overwrite"
         )
@@ -164,7 +175,10 @@ def list_hub_files(repository, folder) -> tuple[str, list[dict]]:
             if PARQUET.search(file.path)
         ]
     if not sources:
-        raise ValueError(f"{repository}: no .parquet file in {folder}")
+        raise ValueError(
+            f"{repository}: no .parquet file in {folder}; its page on the hub lists what it has, "
+            "and --name sample-10BT is there"
+        )
     return revision, sorted(sources, key=lambda source: source["name"])
 
 
@@ -248,7 +262,9 @@ class Text:
                 with gzip.open(path) if gz else open(path, "rb") as file:
                     yield from read(path, file)
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"{path}: not a whole gzip file ({error})") from None
+                raise ValueError(
+                    f"{path}: not a whole gzip file ({error}); get it once more"
+                ) from None
 
     def _read_whole(self, path, file):
         decoder = codecs.getincrementaldecoder("utf-8")(self.errors)
@@ -310,7 +326,9 @@ def _text_field(line, path, number):
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f"{path}, line {number}: no string in a field 'text'")
+        raise ValueError(
+            f'{path}, line {number}: no string in a field \'text\'; a line is {{"text": "..."}}'
+        )
     return record["text"]
 
 
@@ -330,7 +348,9 @@ def read_parquet(path, first_row):
         types = {field.name: str(field.type) for field in file.schema_arrow}
         if types.get("text") not in TEXT_TYPES:
             columns = ", ".join(f"{name} ({kind})" for name, kind in types.items())
-            raise ValueError(f"{path}: no column 'text' of strings; it has {columns}")
+            raise ValueError(
+                f"{path}: no column 'text' of strings; it has {columns}; rename the one to be read"
+            )
         row = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -345,7 +365,9 @@ def read_parquet(path, first_row):
         if getattr(error, "errno", None):
             raise
         problem = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a whole parquet file ({problem})") from None
+        raise ValueError(
+            f"{path}: not a whole parquet file ({problem}); get it once more"
+        ) from None
 
 
 class Documents(NamedTuple):
@@ -383,12 +405,11 @@ def bytes_of(sources) -> int:
 
 
 def with_bar(stream, description, total=None):
-    """The stream, and a progress bar where stderr is a terminal."""
-    bar = tqdm(desc=description, total=total, unit="char", unit_scale=True, disable=None)
-    with bar:
+    """The stream, and how far it has been read."""
+    with live_line(description, total, "char") as advance:
         for chunk in stream:
             if chunk is not END:
-                bar.update(len(chunk))
+                advance(len(chunk))
             yield chunk
 
 
@@ -406,16 +427,16 @@ def count(text, characters: set | None = None) -> int:
                 characters.update(chunk)
     if blank:
         names = ", ".join(str(path) for path in text.paths[:3])
-        raise ValueError(f"{names}: no text, {total:,} characters of white space")
+        raise ValueError(f"{names}: no text, {total:,} characters of white space; name other files")
     return total
 
 
 def train_bpe(text, vocab_size) -> BPETokenizer:
     tokenizer = BPETokenizer.train(training_sample(text), vocab_size)
     if tokenizer.vocab_size < vocab_size:
-        log(
-            f"the vocabulary is {tokenizer.vocab_size:,}, not {vocab_size:,}: "
-            "no other pair occurs twice in the text"
+        log_row(
+            "vocabulary",
+            f"{tokenizer.vocab_size:,}, not {vocab_size:,}: no other pair occurs twice in the text",
         )
     return tokenizer
 
@@ -442,9 +463,10 @@ def advise(text, tokenizer):
     own = BPETokenizer.train(sample, BPE_VOCAB_SIZE)
     shorter = 1 - len(own.encode_to_numpy(sample)) / len(tokenizer.encode_to_numpy(sample))
     if shorter > 0:
-        log(
+        log_row(
+            "advice",
             "GPT-2's vocabulary is English: with --tokenizer bpe (and --overwrite) this text would "
-            f"be about {shorter:.0%} shorter in tokens"
+            f"be about {shorter:.0%} shorter in tokens",
         )
 
 
@@ -589,7 +611,7 @@ def prepare(options) -> dict:
             files = [shakespeare(data_dir)]
         sources = [describe(name, path) for name, path in files]
         if not options.overwrite and (meta := already_there(data_dir, sources, settings)):
-            log(f"{data_dir} already holds this text, prepared like this")
+            log_row("unchanged", f"{data_dir} already holds this text, prepared like this")
             return meta
         go = prepare_documents if of_documents else prepare_text
         return go(options, data_dir, [path for _, path in files], sources, settings)
@@ -630,7 +652,7 @@ def prepare_documents(options, data_dir, paths, sources, settings) -> dict:
             grow(growing, tokenizer, options, fetch)
             return growing.finish(tokenizer, plan["sources"], settings)
     except KeyboardInterrupt:
-        log("stopped; the same command goes on from here")
+        log_row("stopped", "the same command goes on from here", "yellow")
         raise
 
 
@@ -648,7 +670,7 @@ def unfinished(data_dir, sources, settings, overwrite) -> dict | None:
     if found or progress is None:
         shutil.rmtree(data_dir / UNFINISHED, ignore_errors=True)
         return None
-    log(f"going on with what is in {data_dir / UNFINISHED}")
+    log_row("resuming", f"with what is in {data_dir / UNFINISHED}")
     for stray in (data_dir / UNFINISHED).rglob("*.incomplete"):  # of a download that was killed
         stray.unlink()
     return progress
@@ -714,14 +736,16 @@ def grow(growing, tokenizer, options, fetch):
 
 
 def with_progress(encoded, growing):
-    """The stream, and its progress: a bar on a terminal, a line for each file elsewhere."""
+    """The stream, and how far it has come; where there is no terminal, also a line a file."""
     sources, start = growing.plan["sources"], time.monotonic()
     total, before = bytes_of(sources), bytes_of(sources[: growing.position[0]])
-    with tqdm(total=total, initial=before, unit="B", unit_scale=True, disable=None) as bar:
+    done = before
+    with live_line("encoding", total, "B", before) as advance:
         for read, *rest in encoded:
             yield read, *rest
-            bar.update(int(read.done) - bar.n)
-            if read.ends_file and bar.disable:
+            advance(int(read.done) - done)
+            done = int(read.done)
+            if read.ends_file and not sys.stderr.isatty():
                 left = (time.monotonic() - start) / (read.done - before) * (total - read.done)
                 tokens = sum(counts["tokens"] for counts in growing.splits.values())
                 log(
@@ -735,7 +759,7 @@ def adopt(data_dir) -> dict:
     data_dir = Path(data_dir)
     if meta := read_meta(data_dir):
         TokenDataset(data_dir)
-        log(f"{data_dir} already holds a data set")
+        log_row("unchanged", f"{data_dir} already holds a data set")
         return meta
     if (data_dir / "meta.pkl").exists():
         raise ValueError(
@@ -763,7 +787,8 @@ def tokenize(text, options):
     if not 0 < n_train < total:
         raise ValueError(
             f"{total} characters cannot be split by --val_fraction {options.val_fraction}: "
-            f"{n_train} to train on, {total - n_train} to validate with"
+            f"{n_train} to train on, {total - n_train} to validate with; take another share, or "
+            "more text"
         )
     if options.tokenizer == "char":
         tokenizer = CharTokenizer.train(characters)
@@ -774,7 +799,7 @@ def tokenize(text, options):
 
 def say_replaced(count):
     if count:
-        log(f"{count:,} replacements (U+FFFD) for bytes that are not UTF-8")
+        warn(f"{count:,} replacements (U+FFFD) for bytes that are not UTF-8")
 
 
 def already_there(data_dir, sources, settings) -> dict | None:
@@ -818,42 +843,41 @@ def summary(meta, data_dir) -> str:
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     a_token = (train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"])
     default = Path(data_dir) == Path("data/shakespeare")
-    flag = "" if default else f" --data_dir {shlex.quote(str(data_dir))}"
+    kind, out = meta["tokenizer"]["kind"], sys.stdout
     return "\n".join(
         [
-            f"{data_dir}: {_names(meta['sources'])}",
-            f"train      {train['tokens']:>14,} tokens",
-            f"val        {val['tokens']:>14,} tokens",
-            f"vocabulary {meta['vocab_size']:>14,} ({meta['tokenizer']['kind']}), "
-            f"{a_token:.2f} bytes a token",
-            f"next: python train.py{flag}",
+            labelled("done", f"{data_dir}, of {_names(meta['sources'])}", "green", out),
+            labelled("train", f"{train['tokens']:>14,} tokens", stream=out),
+            labelled("val", f"{val['tokens']:>14,} tokens", stream=out),
+            labelled(
+                "vocabulary",
+                f"{meta['vocab_size']:>14,} ({kind}), {a_token:.2f} bytes a token",
+                stream=out,
+            ),
+            next_commands(
+                command_for("train.py", *([] if default else ["--data_dir", data_dir])), stream=out
+            ),
         ]
     )
 
 
 def parse(argv):
     """The options, what follows from them filled in; ValueError with a line for each problem."""
-    parser = ArgumentParser(
-        prog="prepare_data.py",
-        description="Make a data set of a text.",
-        formatter_class=argparse.HelpFormatter,
-    )
-    add = parser.add_argument
-    add("--dataset", choices=["shakespeare", "custom", *ON_HUB], help="custom for an --input")
-    add("--name", help="part of fineweb: sample-10BT (if not given), sample-100BT, default ...")
-    add("--input", nargs="+", metavar="PATH", help=f"{FORMS}, or folders")
-    add(
-        "--tokenizer",
-        metavar="KIND",
-        help="char (for shakespeare), gpt2 (else), bpe, or a tokenizer.json",
-    )
-    add("--vocab_size", type=int, metavar="N", help=f"of bpe; {BPE_VOCAB_SIZE} if not given")
-    add("--val_fraction", type=float, metavar="F", help="0.1; of openwebtext and fineweb 0.0005")
-    add("--data_dir", metavar="DIR", help="where to write; ./data/<dataset> if not given")
-    add("--workers", type=int, metavar="N", help="threads; as many as cores if not given")
+    parser = ArgumentParser(__doc__, prog="prepare_data.py", usage=USAGE)
+    add = parser.add_argument_group("where the text comes from").add_argument
+    add("--dataset", choices=["shakespeare", "custom", *ON_HUB], help=DATASET)
+    add("--input", nargs="+", metavar="PATH", help=f"{FORMS}, or folders of them")
+    add("--name", help="part of fineweb: sample-100BT, default ... (default: sample-10BT)")
+    add("--adopt", metavar="DIR", help="nanoGPT's train.bin and val.bin in DIR, gpt2's tokens")
+    add = parser.add_argument_group("what becomes of it").add_argument
+    add("--tokenizer", metavar="KIND", help=TOKENIZER)
+    add("--vocab_size", type=int, metavar="N", help=f"of bpe (default: {BPE_VOCAB_SIZE})")
+    add("--val_fraction", type=float, metavar="X", help=VAL_FRACTION)
+    add("--errors", choices=["strict", "replace"], default="strict", help=ERRORS)
+    add = parser.add_argument_group("output").add_argument
+    add("--data_dir", metavar="DIR", help="where to write (default: ./data/<dataset>)")
     add("--overwrite", action="store_true", help="replace a data set that is there")
-    add("--errors", choices=["strict", "replace"], default="strict", help="for text not in UTF-8")
-    add("--adopt", metavar="DIR", help="of nanoGPT's train.bin and val.bin in DIR, gpt2's tokens")
+    add("--workers", type=int, metavar="N", help="threads (default: as many as cores)")
     options = parser.parse_args(argv)
     options.dataset = options.dataset or ("custom" if options.input else "shakespeare")
     on_hub = options.dataset in ON_HUB
@@ -875,6 +899,13 @@ def parse(argv):
     options.data_dir = options.adopt or options.data_dir or f"./data/{options.dataset}"
     options.workers = options.workers or os.cpu_count() or 1
     return options
+
+
+USAGE = "prepare_data.py [--dataset NAME | --input PATH ... | --adopt DIR] ..."
+DATASET = "which text (default: custom where there is an --input, else shakespeare)"
+TOKENIZER = "char, gpt2, bpe or a tokenizer.json (default: gpt2; for shakespeare char)"
+VAL_FRACTION = "share for validation (default: 0.1; of openwebtext and fineweb 0.0005)"
+ERRORS = "what to do about bytes that are not UTF-8: stop, or put U+FFFD (default: strict)"
 
 
 def problems(options) -> list[str]:
@@ -901,9 +932,22 @@ def problems(options) -> list[str]:
     return found
 
 
+def announce(options):
+    """Say what is about to be made."""
+    text = ", ".join(options.input or [options.dataset, *([options.name] if options.name else [])])
+    log_row("text", text)
+    kind = options.tokenizer.split()[0]
+    log_row("tokenizer", f"{kind}; {options.val_fraction:g} of the text is for validation")
+    log_row("output", f"{options.data_dir} ({options.workers} threads)")
+
+
 def main(argv=None) -> int:
     options = parse(argv)
-    meta = adopt(options.adopt) if options.adopt else prepare(options)
+    if options.adopt:
+        meta = adopt(options.adopt)
+    else:
+        announce(options)
+        meta = prepare(options)
     print(summary(meta, options.data_dir))
     return 0
 

@@ -1,9 +1,12 @@
 """Train GPT-2: a data set in, checkpoints and curves out. Killed at any moment, it goes on.
 
-    python train.py                                       # what fits this machine and this text
-    python train.py --preset gpt2 --data_dir data/mytext  # GPT-2 124M
+    python train.py                       # what fits this machine and this text
     python train.py --data novel.txt --tokenizer char --prompt "It was"
-    python train.py --resume --max_iters 4000
+    python train.py --n_layer 6 --n_embd 192 --dropout 0.1 --compile false
+    python train.py --preset gpt2 --data_dir data/mytext            # GPT-2 124M
+    python train.py --init_from gpt2 --data novel.txt               # fine-tuning
+    python train.py --resume --max_iters 4000       # on with a run that finished
+    python train.py --fresh                         # set it aside and start anew
     torchrun --nproc_per_node 8 train.py --preset gpt2 --data_dir data/mytext
 
 Every field of GPT2Config is a flag. From Python: `from train import train; train(GPT2Config())`.
@@ -45,24 +48,29 @@ from utils import (
     ArgumentParser,
     RunLog,
     autocast,
+    command_for,
     derived_seed,
     from_first,
     gather_from_processes,
     human_time,
     lock,
-    log,
+    log_next,
+    log_row,
     outline_from_first,
     peak_flops,
     perplexity,
     pick_device,
     pick_dtype,
     process_group,
+    program,
+    quoted,
     rank,
     run,
     seed_everything,
     set_up_device,
     sum_over_processes,
     tensor_from_first,
+    warn,
     world_size,
 )
 
@@ -102,7 +110,8 @@ def train(
     if config.gradient_accumulation_steps % world_size():
         raise ValueError(
             f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: counts over all "
-            f"processes and is not divisible by {world_size()} of them"
+            f"processes and is not divisible by {world_size()} of them; the next that is: "
+            f"{math.ceil(config.gradient_accumulation_steps / world_size()) * world_size()}"
         )
     device, why = pick_device(config.device)
     dataset = TokenDataset(config.data_dir)
@@ -196,27 +205,32 @@ class Trainer:
             return self.already_finished()
         if self.step == 0:
             self.save(checkpoint.LATEST)
-        self.log.start(self.step, step_limit, self.tokens_per_step)
-        while self.step < step_limit:
-            loss, grad_norm = self.update()
-            self.step += 1
-            if self.step == 1:
-                self.check_initial_loss(loss.item())
-            last = self.step == step_limit
-            evaluating = last or self.step % config.eval_interval == 0
-            if evaluating or self.step % config.log_interval == 0:
-                record = self.measure(loss, grad_norm)
+        known = replace(
+            self.given, device=config.device, dtype=config.dtype, compile=config.compile
+        )
+        self.log.start(self.step, step_limit, self.tokens_per_step, settings.to_dict(known))
+        with contextlib.closing(self.log):  # no live line shall stand before an error
+            while self.step < step_limit:
+                loss, grad_norm = self.update()
+                self.step += 1
+                self.log.advance(self.step)
+                if self.step == 1:
+                    self.check_initial_loss(loss.item())
+                last = self.step == step_limit
+                evaluating = last or self.step % config.eval_interval == 0
+                if evaluating or self.step % config.log_interval == 0:
+                    record = self.measure(loss, grad_norm)
+                    if evaluating:
+                        record["val_loss"] = self.evaluate()
+                    self.log.write(record, self.sample() if evaluating else None)
                 if evaluating:
-                    record["val_loss"] = self.evaluate()
-                self.log.write(record, self.sample() if evaluating else None)
-            if evaluating:
-                last = last or self.out_of_patience()
-            self.save_what_is_due(record["val_loss"] if evaluating else None, last)
-            signum = self.stop.asked()
-            if last:
-                break
-            if signum is not None:
-                self.leave(signum, saved=evaluating)
+                    last = last or self.out_of_patience()
+                self.save_what_is_due(record["val_loss"] if evaluating else None, last)
+                signum = self.stop.asked()
+                if last:
+                    break
+                if signum is not None:
+                    self.leave(signum, saved=evaluating)
         return self.finish()
 
     def update(self):
@@ -241,7 +255,7 @@ class Trainer:
         self.read_finite()
         finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         self.ask_finite(finite)
-        if self.optimizer.defaults["fused"]:
+        if self.device.type == "cuda":
             self.optimizer.found_inf = (~finite).float()  # the kernel itself then changes nothing
             self.optimizer.step()
         elif finite:
@@ -335,8 +349,8 @@ class Trainer:
     def check_initial_loss(self, loss):
         expected = math.log(self.config.vocab_size)
         if loss - expected > 0.5 or (expected - loss > 0.5 and not self.pretrained):
-            log(
-                f"warning: the first loss is {loss:.3f}, an untrained model's is near "
+            warn(
+                f"the first loss is {loss:.3f}, an untrained model's is near "
                 f"ln({self.config.vocab_size}) = {expected:.3f}; is the data what it should be?"
             )
 
@@ -435,65 +449,70 @@ class Trainer:
         patience = self.config.patience
         if patience is None or not losses or losses.index(min(losses)) >= len(losses) - patience:
             return False
-        self.log.say(f"no better validation loss in {patience} evaluations: stopping (--patience)")
+        log_row("patience", f"no better validation loss in {patience} evaluations: stopping")
         return True
 
     def leave(self, signum, saved):
         """A signal came: save, unless this step was saved already, and go."""
         if not saved:
             self.save(checkpoint.LATEST)
-        self.log.close()
-        name = signal.Signals(signum).name
-        message = f"{name} at step {self.step}: state saved, the same command goes on from there"
-        raise Interrupted(signum, message)
+        path = Path(self.config.checkpoint_dir) / checkpoint.LATEST
+        name, of = signal.Signals(signum).name, self.config.max_iters
+        raise Interrupted(signum, f"{name} after step {self.step} of {of}; saved in {path}")
 
     def already_finished(self) -> dict:
-        self.log.close()
-        log(
-            f"this run is finished: step {self.step} of {self.config.max_iters}. Go on with a "
-            "larger --max_iters (or --patience), or start anew with --fresh"
-        )
+        of = self.config.max_iters
+        longer = f"--max_iters {max(100, 2 * of)}" if self.step >= of else "--patience none"
+        more = f"{longer} trains it for longer, --fresh starts a new one"
+        log_row("finished", f"this run is over, at step {self.step:,} of {of:,}\n{more}", "green")
+        self.say_where()
         return self.log.records[-1] if self.log.records else {"step": self.step}
 
     def finish(self) -> dict:
-        self.log.close()
-        folder, last = self.config.checkpoint_dir, self.log.records[-1]
-        where = (
-            ""
-            if Path(folder) == Path("checkpoints")
-            else f" --checkpoint {folder}/{checkpoint.BEST}"
-        )
-        best = self.best_val_loss
-        log(
-            f"done: {self.step} steps in {human_time(last['seconds'])}, best validation loss "
-            f"{best:.4f} (perplexity {math.exp(best):.2f}), {folder}/{checkpoint.BEST}\n"
-            f"next: python generate.py{where} --interactive\n"
-            f"      tensorboard --logdir {self.config.log_dir}"
-        )
+        last = self.log.records[-1]
+        log_row("done", f"{self.step:,} steps in {human_time(last['seconds'])}", "green")
+        self.say_where()
         return last
+
+    def say_where(self):
+        """Where the results are, and the commands to look at them."""
+        config, loss = self.config, self.best_val_loss
+        name = checkpoint.LATEST if loss is None else checkpoint.BEST
+        path = Path(config.checkpoint_dir) / name
+        if loss is not None:
+            log_row("best", f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+        log_row("checkpoint", str(path))
+        log_row("curves", str(self.log.folder))
+        is_default = Path(config.checkpoint_dir) == Path(GPT2Config().checkpoint_dir)
+        which = [] if is_default else ["--checkpoint", path]
+        log_next(
+            command_for("generate.py", *which, "--interactive"),
+            quoted(program("tensorboard"), "--logdir", Path(config.log_dir)),
+        )
 
     def describe(self, why):
         """Say what is about to happen."""
-        config, model = self.config, self.raw_model
-        tokens = self.tokens_per_step
-        epochs = config.max_iters * tokens / len(self.dataset.train)
-        log(
-            f"device     {self.device} ({why}), {config.dtype}"
-            f"{', compiled' if self.model is not model else ''}"
-            f"{f', {world_size()} processes ({config.parallel})' if world_size() > 1 else ''}\n"
-            f"model      {model.num_params():,} parameters: {config.n_layer} layers, "
-            f"{config.n_head} heads, {config.n_embd} channels, context {config.block_size}\n"
-            f"data       {config.data_dir}: {len(self.dataset.train):,} training and "
-            f"{len(self.dataset.val):,} validation tokens, vocabulary {config.vocab_size:,}\n"
-            f"training   {config.max_iters:,} steps of {tokens:,} tokens ({epochs:.1f} epochs), "
-            f"{config.optimizer}, learning rate {config.learning_rate:g} to {config.min_lr:g}"
-        )
+        config, train_tokens = self.config, len(self.dataset.train)
+        compiled = ", compiled" if self.model is not self.raw_model else ""
+        shared = f", {world_size()} processes ({config.parallel})" if world_size() > 1 else ""
+        sequences = config.batch_size * config.gradient_accumulation_steps
+        epochs = config.max_iters * self.tokens_per_step / train_tokens
+        log_row("device", f"{self.device} ({why}), {config.dtype}{compiled}{shared}")
+        size = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels"
+        log_row("model", f"{self.raw_model.num_params():,} parameters: {size}")
+        kind = f"{self.tokenizer.kind}, a vocabulary of {config.vocab_size:,}"
+        splits = f"{train_tokens:,} tokens to train on, {len(self.dataset.val):,} to validate with"
+        log_row("data", f"{config.data_dir} ({kind})\n{splits}")
+        step = f"{sequences:,} x {config.block_size:,} = {self.tokens_per_step:,} tokens"
+        log_row("training", f"{config.max_iters:,} steps of {step} ({epochs:.1f} epochs)")
+        rates = f"{config.learning_rate:g} to {config.min_lr:g} ({config.lr_schedule})"
+        log_row("optimizer", f"{config.optimizer}, learning rate {rates}")
 
 
 def compile_model(trainer):
     """The compiled model, tried on one batch; the plain one where a process cannot compile."""
     model, reason = torch.compile(trainer.raw_model), None
-    log("compiling the model (about a minute)")
+    log_row("compiling", "the model (about a minute)")
     try:
         x, y = trainer.to_device(trainer.sampler.batch(0))
         with autocast(trainer.device, trainer.config.dtype):
@@ -506,7 +525,7 @@ def compile_model(trainer):
         trainer.raw_model.zero_grad(set_to_none=True)
     reasons = [reason for reason in gather_from_processes([reason]) if reason is not None]
     if reasons:
-        log(f"torch.compile does not work here ({reasons[0]}); training goes on without it")
+        warn(f"torch.compile does not work here ({reasons[0]}); training goes on without it")
     return trainer.raw_model if reasons else model
 
 
@@ -558,7 +577,10 @@ def check_alike(config, dataset):
     for other, theirs in enumerate(gather_from_processes([mine])):
         unlike = [name for name in mine if theirs[name] != mine[name]]
         if unlike:
-            raise ValueError(f"process {other} has another {unlike[0]} than process {rank()}")
+            raise ValueError(
+                f"process {other} has another {unlike[0]} than process {rank()}; start all of them "
+                "with the same flags and the same data"
+            )
 
 
 @contextlib.contextmanager
@@ -587,7 +609,7 @@ def find_checkpoint(config, dataset, insist):
         return None
     path, state, damaged = found
     for line in damaged:
-        log(f"passed over and kept as *.damaged: {line}")
+        warn(f"passed over and kept as *.damaged: {line}")
     unlike = settings.differences(state["config"], config, (*settings.MODEL_FIELDS, "optimizer"))
     tokenizer = load_tokenizer(state["tokenizer"])
     if tokenizer.hash() != dataset.meta["tokenizer"]["sha256"]:
@@ -602,7 +624,7 @@ def find_checkpoint(config, dataset, insist):
             f"{path} is of another run: --fresh sets it aside, --checkpoint_dir leaves it"
         )
         raise ValueError("\n".join(unlike))
-    log(f"resuming   {path} (the newest intact checkpoint), step {state['step']}")
+    log_row("resuming", f"{path} (the newest intact checkpoint), step {state['step']:,}")
     return state
 
 
@@ -613,7 +635,7 @@ def _short(digest):
 def set_aside(folder):
     target = checkpoint.set_aside(folder)
     if target is not None:
-        log(f"--fresh: the earlier run's checkpoints are now in {target}")
+        log_row("set aside", f"the earlier run's checkpoints, in {target}")
 
 
 def start_from(spec, config, chosen=()) -> tuple[GPT2Config, dict]:
@@ -636,7 +658,7 @@ def start_from(spec, config, chosen=()) -> tuple[GPT2Config, dict]:
     shape = {field: getattr(model, field) for field in settings.MODEL_FIELDS}
     if "block_size" in chosen:
         shape["block_size"] = config.block_size
-    log(f"weights    {name}: {model.n_layer} layers, {model.n_embd} channels")
+    log_row("weights", f"{name}: {model.n_layer} layers, {model.n_embd} channels")
     return replace(config, **shape), state
 
 
@@ -650,8 +672,8 @@ def check_vocabulary(start, dataset):
         kind = "an unknown tokenizer" if theirs is None else theirs.kind
         raise ValueError(
             f"--init_from: its model knows {vocab_size:,} tokens ({kind}), {dataset.data_dir} has "
-            f"another vocabulary of {dataset.vocab_size:,} ({mine['kind']}); prepare the text with "
-            "the model's tokenizer"
+            f"another vocabulary of {dataset.vocab_size:,} ({mine['kind']}); --data FILE prepares "
+            "a text with the model's own"
         )
 
 
@@ -718,6 +740,9 @@ def main(argv=None) -> int:
         last = train(config, options.resume, options.fresh, start, options.eval_only)
     except torch.OutOfMemoryError as error:
         raise ValueError(OUT_OF_MEMORY.format(config)) from error
+    except Interrupted as stopped:
+        say_how_to_go_on(stopped, sys.argv[1:] if argv is None else argv)
+        return stopped.exit_code
     if options.eval_only and rank() == 0:
         loss = last["val_loss"]
         print(f"step {last['step']}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
@@ -726,6 +751,15 @@ def main(argv=None) -> int:
         model, tokenizer = load_model(str(best), config.device)
         print(sample_text(model, tokenizer, options.prompt, options.max_new_tokens))
     return 0
+
+
+def say_how_to_go_on(stopped, argv):
+    """The state of an interrupted run is saved: say so, and the command that goes on from it."""
+    log_row("stopped", str(stopped), "yellow")
+    if world_size() > 1:
+        log_row("next", "the same torchrun command, without --fresh, goes on from there")
+    else:
+        log_next(command_for("train.py", *(word for word in argv if word != "--fresh")))
 
 
 def prepare_for(options, data_dir, start) -> str:
@@ -761,20 +795,26 @@ def parse(argv):
 
     Raises ValueError with a line for every problem at once.
     """
-    parser = ArgumentParser(prog="train.py", description="Train GPT-2.", epilog=EXAMPLES)
-    parser.add_argument("--config", metavar="FILE", help="settings as JSON, as a run writes them")
-    parser.add_argument("--data", metavar="FILE", help="prepare this text and train on it")
-    parser.add_argument("--tokenizer", choices=["char", "bpe", "gpt2"], help=TOKENIZER)
-    how = parser.add_mutually_exclusive_group()
+    parser = ArgumentParser(__doc__, prog="train.py", usage=USAGE)
+    parser.description = f"{parser.description}{DEFAULTS}"
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--data", metavar="FILE", help="prepare this text and train on it")
+    what.add_argument("--tokenizer", choices=["char", "bpe", "gpt2"], help=TOKENIZER)
+    what.add_argument("--init_from", default="scratch", metavar="MODEL", help=INIT_FROM)
+    what.add_argument("--config", metavar="FILE", help="settings as JSON, as a run writes them")
+    run_of = parser.add_argument_group("which run (an earlier one that fits is continued)")
+    how = run_of.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="insist on going on from a checkpoint")
     how.add_argument("--fresh", action="store_true", help="set an earlier run aside, start anew")
-    parser.add_argument("--init_from", default="scratch", metavar="X", help=INIT_FROM)
-    parser.add_argument(
+    run_of.add_argument(
         "--eval_only", action="store_true", help="print the validation loss, no more"
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="print a continuation when training ends")
-    parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="its length")
-    settings.add_flags(parser.add_argument_group("settings (fields of GPT2Config)"))
+    after = parser.add_argument_group("when training ends")
+    after.add_argument("--prompt", metavar="TEXT", help="print a continuation of this")
+    after.add_argument(
+        "--max_new_tokens", type=int, default=200, metavar="N", help="its length (default: 200)"
+    )
+    settings.add_flags(parser)
     options, unknown = parser.parse_known_args(argv)
 
     found = parser.unknown_flags(unknown) if unknown else []
@@ -796,10 +836,14 @@ def parse(argv):
 
 INIT_FROM = (
     "begin with the weights of a checkpoint, of a Hugging Face folder, or of gpt2, gpt2-medium, "
-    "gpt2-large, gpt2-xl or org/name from the hub; scratch: with random ones"
+    "gpt2-large, gpt2-xl or org/name from the hub (default: scratch, with random ones)"
 )
-TOKENIZER = "for --data; if not given, that of the model to start from, else gpt2"
-EXAMPLES = "example: train.py --data novel.txt --tokenizer char --n_layer 6 --compile false"
+TOKENIZER = "for --data (default: that of the model to start from, else gpt2)"
+USAGE = "train.py [--preset NAME] [--data_dir DIR | --data FILE] [any flag below]"
+DEFAULTS = """
+
+The defaults below are GPT-2 124M's. What you do not set, the preset (auto)
+sets anew where it has a value for it, to fit the device and the text."""
 
 
 def with_preset(config, chosen, start=None) -> GPT2Config:
@@ -821,7 +865,7 @@ def with_preset(config, chosen, start=None) -> GPT2Config:
         name, shape = "finetune", shape - {"block_size"}
         values = settings.finetune_preset(*text, config.block_size, world_size())
     if set(values) - chosen:
-        log(f"preset     {name}: fits {kind} and {text[1]:,} tokens; --preset and flags override")
+        log_row("preset", f"{name}, for {kind} and {text[1]:,} tokens (--preset overrides)")
     return settings.apply_preset(config, values, chosen | shape)
 
 

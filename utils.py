@@ -15,7 +15,11 @@ import math
 import os
 import random
 import re
+import shlex
+import shutil
+import subprocess
 import sys
+import textwrap
 import time
 import traceback
 import urllib.error
@@ -41,17 +45,144 @@ torch = _Later("torch")  # takes half a second, which preparing text and --help 
 # ---------------------------------------------------------------- messages and exit codes
 
 
+STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
+LABEL = 11  # columns of the label before a text
+LINE_SECONDS = 30  # between two lines of progress where there is no terminal
+
+
+def styled(text: str, style: str, stream=None) -> str:
+    """text in a style of STYLES where stream (stderr if not given) is a terminal that shows styles
+    and NO_COLOR (https://no-color.org) is not set; as it is elsewhere.
+    """
+    unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if not text or unwanted or not (stream or sys.stderr).isatty():
+        return text
+    return f"\033[{STYLES[style]}m{text}\033[0m"
+
+
+def laid_out(text: str, label: str = "", style: str = "dim", stream=None) -> str:
+    """label (styled) and text. A terminal gets it folded at words (a `command` stays whole), all
+    lines of the text below each other; elsewhere a line stays as it is, for grep.
+    """
+    lines = text.split("\n")
+    if (stream or sys.stderr).isatty():
+        width = max(20, shutil.get_terminal_size().columns - 1 - len(label))
+        fold = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+        whole = [re.sub("`.*?`", lambda part: part[0].replace(" ", "\0"), line) for line in lines]
+        lines = [part.replace("\0", " ") for line in whole for part in fold.wrap(line) or [""]]
+    return styled(label, style, stream) + f"\n{' ' * len(label)}".join(lines)
+
+
+def labelled(label: str, text: str, style: str = "dim", stream=None) -> str:
+    """`label      text`, the form of headers and summaries."""
+    return laid_out(text, f"{label:<{LABEL - 1}} ", style, stream)
+
+
+def next_commands(*commands: str, stream=None) -> str:
+    """The row of what to type next, a command a line, never folded: they are there to be pasted."""
+    lines = [styled(command, "bold", stream) for command in commands]
+    return labelled("next", "", stream=stream) + f"\n{' ' * LABEL}".join(lines)
+
+
 def log(message: str = ""):
-    """A line on stderr, from the first process only; stdout is for results."""
+    """A message on stderr, from the first process only; stdout is for results."""
+    _log(laid_out(message))
+
+
+def log_row(label: str, text: str, style: str = "dim"):
+    """log, with a label before the message."""
+    _log(labelled(label, text, style))
+
+
+def log_next(*commands: str):
+    """Say what to type next."""
+    _log(next_commands(*commands))
+
+
+def warn(message: str):
+    """log of what may not be as it should."""
+    _log(laid_out(message, "warning: ", "yellow"))
+
+
+def _log(text):
     if rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        with tqdm.external_write_mode(file=sys.stderr):  # a live line makes room and comes back
+            print(text, file=sys.stderr, flush=True)
+
+
+def command_for(script: str, *words) -> str:
+    """The line that runs one of our scripts from the current folder with this very Python."""
+    return quoted(program(), from_here(Path(__file__).with_name(script)), *words)
+
+
+def quoted(*words) -> str:
+    """Words as a line for the shell of this system."""
+    words = [str(word) for word in words]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def program(name: str | None = None) -> str:
+    """What to type for this Python, or for a program that was installed beside it."""
+    path = Path(sys.executable) if name is None else Path(sys.executable).with_name(name)
+    if shutil.which(path.name) == str(path) or not path.exists():
+        return path.name.removesuffix(".exe")
+    return from_here(path)
+
+
+def from_here(path: Path) -> str:
+    """path, relative where it is below the current folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+@contextlib.contextmanager
+def live_line(label: str, total: int | None, unit: str, done: int = 0):
+    """Yield a function to be told how much more of a long piece of work is done. On a terminal that
+    is a live line, gone when the work is; elsewhere a plain line every LINE_SECONDS.
+    """
+    bar = tqdm(
+        desc=label,
+        total=total,
+        initial=done,
+        unit=unit,
+        unit_scale=total is None or total > 9999,
+        dynamic_ncols=True,
+        leave=False,
+        disable=rank() > 0 or not sys.stderr.isatty(),
+    )
+    first, started = done, time.monotonic()
+    said = started
+
+    def advance(amount):
+        nonlocal done, said
+        done += amount
+        bar.update(amount)
+        now = time.monotonic()
+        if bar.disable and now - said >= LINE_SECONDS:
+            said, far = now, f"{label}: {done:,}"
+            if total:
+                left = (now - started) / max(1, done - first) * (total - done)
+                far = f"{far} of {total:,} {unit}, {human_time(left)} left"
+            log(far)
+
+    with bar:
+        yield advance
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaints are ValueErrors, so that every script reports them alike."""
+    """argparse whose complaints are ValueErrors, so that every script reports them alike.
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+    doc: a script's docstring. --help begins with its first line and ends with its commands, those
+    that are indented before the next paragraph.
+    """
+
+    def __init__(self, doc: str | None = None, **kwargs):
+        if doc is not None:
+            purpose, commands, *_ = doc.split("\n\n")
+            kwargs["description"] = textwrap.fill(purpose.strip(), 78)
+            kwargs["epilog"] = f"examples:\n{textwrap.indent(textwrap.dedent(commands), '  ')}"
+        formatter = argparse.RawDescriptionHelpFormatter  # the examples stand as they are
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **kwargs)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message):
@@ -87,6 +218,8 @@ def run(main, argv=None) -> int:
     try:
         return main(argv) or 0
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the shell's prompt shall not follow a ^C
         return 130
     except BrokenPipeError:  # `generate.py | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -103,7 +236,9 @@ def run(main, argv=None) -> int:
         elif os.environ.get("LOCAL_RANK", "0") != "0":
             return code  # one a machine says it
         for line in _one_line_each(error):
-            print(f"{prefix}{line}\n", end="", file=sys.stderr, flush=True)  # in one piece
+            line = laid_out(line, prefix, "red")
+            with tqdm.external_write_mode(file=sys.stderr):
+                print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one piece
         return code
 
 
@@ -127,6 +262,24 @@ def _one_line_each(error):
 
 # ---------------------------------------------------------------- curves and progress
 
+# TensorBoard's Custom Scalars tab: for each chart the tags in it, which are regular expressions
+CHARTS = {
+    "training": {
+        "loss, training and validation": ["Multiline", ["^loss/train$", "^loss/val$"]],
+        "learning rate": ["Multiline", ["^lr$"]],
+        "gradient norm, before clipping": ["Multiline", ["^grad_norm$"]],
+    },
+    "speed and memory": {
+        "tokens per second": ["Multiline", ["^tokens_per_second$"]],
+        "memory at most so far, MB (first process)": ["Multiline", ["^memory_mb$"]],
+    },
+}
+# what its HParams tab leaves out: settings that change no weight
+NOT_COMPARED = (
+    *("checkpoint_dir", "checkpoint_interval", "keep_checkpoints", "log_dir", "log_interval"),
+    *("eval_interval", "eval_iters", "peer_timeout", "preset"),
+)
+
 
 class RunLog:
     """A run's folder: metrics.jsonl, config.json and TensorBoard's events; and the terminal's line.
@@ -143,14 +296,25 @@ class RunLog:
         self.records = [record for record in records if record["step"] <= step]
         self.bar = self.writer = None
 
-    def start(self, step: int, total: int, tokens_per_step: int):
-        """The first step is about to be made: open the folder's files."""
+    def start(self, step: int, total: int, tokens_per_step: int, compared: dict):
+        """The first step is about to be made: open the folder's files.
+
+        compared: the config by which TensorBoard compares runs, with the device and what it set.
+        """
         self.first_step, self.total, self.tokens_per_step = step, total, tokens_per_step
         self.seconds_before = self.records[-1]["seconds"] if self.records else 0.0
         if rank() == 0:
             self._open(step)
+            self._lay_out(compared)
             if sys.stderr.isatty():
-                self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+                self.bar = tqdm(
+                    desc="timing the first steps",
+                    total=total,
+                    initial=step,
+                    bar_format="step {n_fmt}/{total_fmt} |{bar}| {desc}",
+                    dynamic_ncols=True,
+                    leave=False,
+                )
         self.started = self.since = time.perf_counter()
         self.since_step = step
 
@@ -165,6 +329,24 @@ class RunLog:
         self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
         self.writer.add_text("config", f"```\n{json.dumps(self.config, indent=2)}\n```", step)
         self.file = open(self.path, "a", encoding="utf-8")
+
+    def _lay_out(self, compared):
+        """TensorBoard's charts, and this run's row in its HParams tab.
+
+        The row goes into the run's own events; add_hparams would make a second run of it. A resumed
+        run writes both again: TensorBoard shows one, the row as it was first.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        self.device = torch.device(compared["device"])
+        self.writer.add_custom_scalars(CHARTS)
+        columns = {
+            name: str(value) if isinstance(value, bool) else value  # hparams would make True a 1
+            for name, value in compared.items()
+            if name not in NOT_COMPARED
+        }
+        _, row, _ = hparams(columns, {})
+        self.writer.file_writer.add_summary(row)
 
     def tokens_per_second(self, step: int) -> float:
         """Over the steps since the last line, what was done between them (evaluating) left out."""
@@ -191,36 +373,37 @@ class RunLog:
         for name in ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "mfu"):
             if record.get(name) is not None:
                 self.writer.add_scalar(tags.get(name, name), record[name], step)
+        if (memory := peak_mb(self.device)) is not None:
+            self.writer.add_scalar("memory_mb", memory, step)
         if "val_loss" in record:
             self.writer.add_scalar("perplexity/val", perplexity(record["val_loss"]), step)
+            losses = [record["val_loss"] for record in self.records if "val_loss" in record]
+            self.writer.add_scalar("best_val_loss", min(losses), step)
         if sample is not None:
             self.writer.add_text("sample", f"```\n{sample}\n```", step)
             self.writer.flush()
 
-    def _show(self, record, left):
-        parts = [
-            f"loss {record['loss']:.4f}",
-            f"lr {record['lr']:.2e}",
-            f"norm {record['grad_norm']:.2f}",
-            f"{record['tokens_per_second']:,.0f} tok/s",
-        ]
-        if record["mfu"] is not None:
-            parts.append(f"mfu {record['mfu']:.0%}")
+    def advance(self, step):
+        """One more step is made: the live line counts it."""
         if self.bar is not None:
-            self.bar.set_postfix_str(", ".join(parts), refresh=False)
-            self.bar.update(record["step"] - self.bar.n)
-        if "val_loss" in record:
-            loss = record["val_loss"]
-            parts.insert(1, f"val loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-        if self.bar is None or "val_loss" in record:
-            line = f"step {record['step']}/{self.total}: {', '.join(parts)}"
-            self.say(f"{line}, {human_time(left)} left")
+            self.bar.update(step - self.bar.n)
 
-    def say(self, line):
-        if self.bar is None:
-            log(line)
-        else:
-            self.bar.write(line, file=sys.stderr)
+    def _show(self, record, left):
+        """The live line, or a plain one; of an evaluation always one that stays."""
+        step, loss = record["step"], f"loss {record['loss']:.4f}"
+        left = f"{human_time(left)} left"
+        rate, speed = f"lr {record['lr']:.2e}", f"{record['tokens_per_second']:,.0f} tok/s"
+        mfu = [] if record["mfu"] is None else [f"mfu {record['mfu']:.0%}"]
+        if self.bar is not None:
+            self.bar.set_description_str(", ".join([left, loss, rate, speed]))  # 79 columns
+        parts = [loss, rate, f"norm {record['grad_norm']:.2f}", speed, *mfu, left]
+        if "val_loss" in record:
+            val_loss = record["val_loss"]
+            parts = [loss, f"val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f}", left]
+        if step == self.total:
+            parts.remove(left)
+        if self.bar is None or "val_loss" in record:
+            log(f"step {step}/{self.total}: {', '.join(parts)}")
 
     def close(self):
         if self.bar is not None:
@@ -287,10 +470,10 @@ def _fetch(address, sha256):
     parts = []
     with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
         size = int(response.headers.get("Content-Length") or 0)
-        with tqdm(total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+        with live_line("downloading", size or None, "B") as advance:
             while block := response.read(1 << 16):
                 parts.append(block)
-                bar.update(len(block))
+                advance(len(block))
     content = b"".join(parts)
     if len(content) < size:
         raise ValueError(f"cut short, {len(content):,} of {size:,} bytes came")
@@ -534,7 +717,7 @@ def pick_device(name: str | None = None) -> tuple[torch.device, str]:
             return torch.device("cuda", local_rank), torch.cuda.get_device_name(local_rank)
         if torch.backends.mps.is_available():
             return torch.device("mps"), "Apple GPU"
-        return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
+        return torch.device("cpu"), f"no GPU found, {_count(torch.get_num_threads(), 'thread')}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -545,8 +728,13 @@ def pick_device(name: str | None = None) -> tuple[torch.device, str]:
     if device.type not in ("cuda", "mps", "cpu") or not there.get(device.type, lambda: True)():
         raise ValueError(f"--device {name}: this machine or this torch has none; try --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
+        gpus = _count(torch.cuda.device_count(), "GPU")
+        raise ValueError(f"--device {name}: this machine has {gpus}, the first is cuda:0")
     return device, "as asked"
+
+
+def _count(number, noun):
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def pick_dtype(device: torch.device) -> str:
@@ -572,6 +760,20 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_mb(device: torch.device) -> float | None:
+    """The most memory that this process has held so far, in MB: tensors on a CUDA device, all that
+    was resident elsewhere. None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
+    kilobyte = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte
 
 
 def autocast(device: torch.device, dtype: str):

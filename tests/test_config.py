@@ -150,7 +150,7 @@ def test_bad_input_in_a_config_file_is_named(tmp_path):
 
 
 def test_every_field_has_a_comment_that_help_shows():
-    assert set(settings._comments()) == {field.name for field in fields(GPT2Config)}
+    assert set(settings._notes()) == {field.name for field in fields(GPT2Config)}
 
 
 def test_a_checkpoint_without_a_newer_field_counts_as_having_what_ships():

@@ -775,7 +775,7 @@ def test_hub_success_then_nothing_is_downloaded_twice_then_offline(
     hub, tmp_path, monkeypatch, capsys
 ):
     assert same_model(tmp_path, "org/tiny")
-    assert "org/tiny: " in capsys.readouterr().err
+    assert "model      org/tiny\n" in capsys.readouterr().err
     fetched = [path for command, path, _ in hub.seen if command == "GET" and "resolve" in path]
     assert len(fetched) == 4 and not any("pytorch_model" in path for path in fetched)
     hub.seen.clear()

@@ -1,26 +1,47 @@
-"""The documents: their links lead somewhere, and the names and flags in them exist."""
+"""The documents: their links lead somewhere, the names and flags in them exist, and the commands of
+README and of the tour do what they are there for.
+"""
 
 import ast
 import contextlib
 import functools
+import gzip
 import io
+import itertools
+import json
+import os
 import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from conftest import in_child
 
 import bench
+import checkpoint
 import convert
 import evaluate
 import generate
 import prepare_data
 import train
+from config import GPT2Config
+from model import GPT2
+from tokenizer import BPETokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 TOURS = [ROOT / "docs" / "tour.md", ROOT / "docs" / "tour.zh-CN.md"]
 each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 each_tour = pytest.mark.parametrize("path", TOURS, ids=lambda path: path.name)
+each_pair = pytest.mark.parametrize("pair", [READMES, TOURS], ids=["README", "tour"])
 PARSERS = {
     "prepare_data": prepare_data.parse,
     "train": train.parse,
@@ -29,7 +50,7 @@ PARSERS = {
     "convert": convert.parse,
     "bench": bench.main,
 }
-BLOCK = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # [file.py](../file.py) `name`, `name`: what a stop of the tour asks to read
 READ = re.compile(r"\[(\w+)\.py\]\(\.\./\1\.py\)((?:[\s,、]*`[\w.]+`)+)")
 # a script that a command runs, and what follows it, over lines that end with a backslash
@@ -123,14 +144,26 @@ def test_other_names_in_a_tour_occur_in_the_code(path):
 
 def test_both_tours_lead_the_same_way():
     assert list(names_to_read(TOURS[0])) == list(names_to_read(TOURS[1]))
-    english, chinese = (path.read_text("utf-8") for path in TOURS)
-    for pattern in (r"^#+ (?:\d+)?", r"(?:\]\((?!#|tour)|src=)[^)\s]+", r"`[^`\n]+`"):
-        in_each = [sorted(re.findall(pattern, BLOCK.sub("", t), re.M)) for t in (english, chinese)]
-        assert in_each[0] == in_each[1]
-    commands = [
-        re.findall(r"^(?:python|torchrun|pip) [^#\n]*\b", t, re.M) for t in (english, chinese)
-    ]
-    assert commands[0] and commands[0] == commands[1]
+
+
+@each_pair
+def test_both_languages_have_the_same_headings_links_code_and_commands(pair):
+    """README.zh-CN.md has more: what helps in China."""
+    texts = [BLOCK.sub("", path.read_text("utf-8")) for path in pair]
+    to_itself = "|".join(re.escape(path.name) for path in pair)
+    for pattern in (r"^#+ (?:\d+)?", rf"(?:\]\((?!#|{to_itself})|src=)[^)\s]+", r"`[^`\n]+`"):
+        english, chinese = (Counter(re.findall(pattern, text, re.M)) for text in texts)
+        assert not english - chinese
+        assert pair is READMES or not chinese - english
+    assert commands(pair[0]) and commands(pair[0]) == commands(pair[1])
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda path: path.name)
+def test_the_comparison_counts_what_is_here(page):
+    row = next(line for line in page.read_text("utf-8").splitlines() if "| 666 |" in line)
+    said = int(re.search(r"\d,\d{3}", row)[0].replace(",", ""))
+    lines = sum(len(source(file).splitlines()) for file in ("model", "train"))
+    assert abs(said - lines) < 0.05 * lines, f"{lines} lines"
 
 
 @each_page
@@ -141,6 +174,189 @@ def test_chinese_stands_without_spaces_that_a_line_break_would_make(path):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/images/*.svg")), ids=lambda p: p.name)
 def test_pictures_need_nothing_from_elsewhere(path):
-    svg = path.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
-    assert "<title" in svg and "viewBox" in svg and "<text" in svg
-    assert not re.search(r"https?:|href|<script|@import|data:", svg)
+    svg = path.read_text("utf-8")
+    assert "viewBox" in svg
+    assert not re.search(r"""<script|@import|(href|src)=["'](?!#)|url\(["']?(?!#)""", svg)
+
+
+# ---------------------------------------------------------------- the commands, run
+
+# what a command begins with that is not run here, and why
+NOT_RUN = {
+    "python3 -m venv": "CI's first step",
+    ".venv/bin/pip install": "CI's first step",
+    "pip install": "CI's first step",
+    ".venv/bin/python -m pytest": "this is it",
+    "tensorboard": "a server, which does not end",
+    "torchrun --nproc_per_node 8": "needs eight GPUs",
+    "python prepare_data.py --dataset fineweb": "needs a network, and hours",
+    "python evaluate.py --task hellaswag lambada": "needs a network",
+}
+# what is run with -m slow only: minutes of training, or a torchrun that imports torch anew
+SLOW = (
+    "python train.py --resume --max_iters 2000",
+    "python -c from config import GPT2Config, GPT2_CONFIGS",
+    "torchrun --nproc_per_node 2",
+)
+NEEDS_VOCABULARY = (  # GPT-2's, which not every machine has
+    "python prepare_data.py --input crawl/",
+    "python prepare_data.py --adopt",
+)
+TYPED = "To be, or not\n"  # into generate.py --interactive
+NOVEL = "却说那一日天色已晚，两个人沿着河边慢慢地走回村里去。"
+
+
+def commands(path):
+    """The words of each command that a page asks to run, in order. A block of Python is one, unless
+    it quotes the code; a ```text block is there to be read.
+    """
+    found = []
+    for language, block in BLOCK.findall(path.read_text("utf-8")):
+        assert language in ("", "python", "text"), f"{path.name}: ```{language}"
+        if language == "python" and not is_quoted(block):
+            found.append(["python", "-c", block])
+        elif language == "":
+            lines = block.replace("\\\n", " ").splitlines()
+            typed = [line[2:] for line in lines if line.startswith("$ ")]  # what follows is printed
+            for line in typed or lines:
+                words = shlex.split(line, comments=True)
+                chain = itertools.groupby(words, lambda word: word != "&&")
+                found += [list(command) for is_command, command in chain if is_command]
+    return found
+
+
+def is_quoted(block):
+    lines = {line.strip() for path in ROOT.glob("*.py") for line in source(path.stem).splitlines()}
+    return all(line.strip() in lines for line in block.splitlines())
+
+
+def begins(command, beginnings):
+    return " ".join(command).startswith(tuple(beginnings))
+
+
+def in_a_fork(command, folder):
+    """Run a command as Python would, in a fork that has torch already: a new Python needs seconds
+    to import it. Returns the exit code and what was printed.
+    """
+    printed = folder / "printed.txt"
+
+    def child():
+        os.chdir(folder)
+        sys.stdin = io.StringIO(TYPED)
+        with printed.open("w", encoding="utf-8") as out:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                try:
+                    as_python(*command)
+                except SystemExit as done:
+                    return done.code
+
+    return in_child(child), printed.read_text("utf-8")
+
+
+def as_python(program, *arguments):
+    """What Python does with `python script.py ...` and with `python -c ...`."""
+    assert Path(program).name == "python", f"{program}: cannot be run here"
+    sys.argv = list(arguments)
+    if arguments[0] == "-c":
+        exec(compile(arguments[1], "-c", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def in_a_new_process(command, folder):
+    """Run a command as a reader does. Returns the exit code and what was printed."""
+    program, *arguments = command
+    done = subprocess.run(
+        [Path(sys.executable).parent / Path(program).name, *arguments],
+        cwd=folder,
+        input=TYPED,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=600,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """The folder of a reader on a machine without a GPU: the scripts, and every file that the pages
+    speak of.
+    """
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    sonnets = (ROOT / "data" / "sonnets.txt").read_text("utf-8")
+    text = sonnets[:5000] + "".join(sorted(set(sonnets)))  # all of its characters
+    files = {
+        "data/sonnets.txt": sonnets,
+        "data/shakespeare/input.txt": text,
+        "novel.txt": text,
+        "books/one.txt": text,
+        "notes.md": "# Notes\n\nA rose is a rose.\n",
+        "prompts.txt": "To be\nShall I\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content, "utf-8")
+    with gzip.open(tmp_path / "talk.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "Good morning. And to you."}) + "\n")
+    documents_and_models(tmp_path, sonnets)
+    return tmp_path
+
+
+def documents_and_models(folder, text):
+    """A parquet file of documents, nanoGPT's token files and its checkpoint, and GPT-2s of a few
+    parameters in folders called gpt2 and gpt2-xl, which go before the hub's.
+    """
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("safetensors")
+    (folder / "crawl").mkdir()
+    table = pyarrow.table({"text": text[:20000].split("\n\n")})
+    parquet.write_table(table, folder / "crawl" / "part.parquet")
+    (folder / "nanoGPT" / "data" / "openwebtext").mkdir(parents=True)
+    for split in ("train", "val"):
+        ids = np.arange(1000, dtype="<u2")
+        ids.tofile(folder / "nanoGPT" / "data" / "openwebtext" / f"{split}.bin")
+    tokenizer = BPETokenizer.train([text[:5000]], 300)
+    sizes = {"vocab_size": tokenizer.vocab_size, "block_size": 32}
+    sizes |= {"n_layer": 1, "n_head": 2, "n_embd": 16}
+    model = GPT2(GPT2Config(**sizes))
+    checkpoint.save(
+        folder / "tiny.pt", convert.new_state(model.config, model.state_dict(), tokenizer)
+    )
+    for name in ("gpt2", "gpt2-xl"):
+        convert.to_hf(folder / "tiny.pt", folder / name)
+    torch.save({"model": model.state_dict(), "model_args": sizes}, folder / "ckpt.pt")
+
+
+@pytest.mark.parametrize(
+    "run", [in_a_fork, pytest.param(in_a_new_process, marks=pytest.mark.slow)], ids=["quick", "all"]
+)
+@pytest.mark.parametrize("page", [READMES[0], TOURS[0]], ids=lambda path: path.name)
+def test_the_commands_of_a_page_work_as_they_stand(page, run, reader, request):
+    """From top to bottom in one folder, after README's first line, which sets up and trains."""
+    to_run = commands(page)
+    if page in TOURS:
+        to_run = commands(READMES[0])[:5] + to_run
+        (reader / "novel.txt").write_text(NOVEL * 200, "utf-8")
+    left_out = [*NOT_RUN, *(SLOW if run is in_a_fork else [])]
+    left_out += [] if has_vocabulary(request) else NEEDS_VOCABULARY
+    for command in to_run:
+        if not begins(command, left_out):
+            code, printed = run(command, reader)
+            assert code == 0 and "Traceback" not in printed, f"{shlex.join(command)}\n{printed}"
+
+
+def has_vocabulary(request):
+    try:
+        request.getfixturevalue("gpt2_vocabulary")
+    except pytest.skip.Exception:
+        return False
+    return True
+
+
+def test_nothing_is_left_out_that_no_page_has():
+    found = commands(READMES[0]) + commands(TOURS[0])
+    for beginning in (*NOT_RUN, *SLOW, *NEEDS_VOCABULARY):
+        assert any(begins(command, [beginning]) for command in found), beginning

@@ -67,9 +67,9 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
 
 def test_muon_equals_a_plain_version():
     """Momentum, Nesterov, each matrix orthogonalized alone, decay: Jordan 2024, Liu 2025."""
-    config = derived(GPT2Config(optimizer="muon", learning_rate=0.01, weight_decay=0.2))
+    config = GPT2Config(optimizer="muon", learning_rate=0.01, weight_decay=0.2, beta1=0.95)
     net = model().double()
-    optimizer = make_optimizer(net, config)
+    optimizer = make_optimizer(net, derived(config))
     name = "transformer.h.1.attn.c_attn.weight"
     weight = dict(net.named_parameters())[name]
     expected, momentum = weight.detach().clone(), torch.zeros_like(weight)

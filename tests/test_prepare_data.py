@@ -75,7 +75,11 @@ def test_tiny_shakespeare_splits_into_1003854_and_111540_tokens(tmp_path, monkey
     write(tmp_path / "data" / "shakespeare" / "input.txt", text[:1_115_394])
     assert prepare("--dataset", "shakespeare") == 0
     out = capsys.readouterr().out
-    assert "1,003,854" in out and "111,540" in out and out.endswith("next: python train.py\n")
+    assert (
+        "1,003,854" in out
+        and "111,540" in out
+        and out.endswith(f" {utils.command_for('train.py')}\n")
+    )
     meta = read_meta("data/shakespeare")
     assert [meta["splits"][s]["tokens"] for s in ("train", "val")] == [1_003_854, 111_540]
     assert meta["vocab_size"] == 65 and meta["tokenizer"]["kind"] == "char"
@@ -271,8 +275,8 @@ def test_bad_text_is_exit_2_and_the_earlier_data_set_stays(
     capsys.readouterr()
     assert prepare("--input", bad, *flags, "--overwrite") == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and message in captured.err
-    assert captured.err.count("\n") == 1 and captured.out == ""
+    (error,) = [line for line in captured.err.splitlines() if "error: " in line]
+    assert error.startswith("error: ") and message in error and captured.out == ""
     assert hashes(tmp_path / "d") == before and strays(tmp_path) == []
     assert prepare("--input", bad, "--tokenizer", "char", "--data_dir", tmp_path / "new") == 2
     assert hashes(tmp_path / "new") == {}
@@ -460,7 +464,7 @@ def test_killed_at_any_moment_a_data_set_is_whole_or_absent(tmp_path, moment):
 def test_wrong_flags_are_exit_2_all_at_once(flags, messages, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert prepare(*flags) == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(lines) == len(messages)
     for line, message in zip(lines, messages, strict=True):
         assert line.startswith("error: ") and message in line
@@ -533,9 +537,8 @@ def test_download_that_fails_says_why_and_the_bundled_text_is_used(
             monkeypatch.setattr(prepare_data, "SHAKESPEARE", address)
         assert prepare() == 0
     assert len(asked) == (3 if answer else 0)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and problem in lines[0]
-    assert "sonnets.txt" in lines[0] and "--overwrite" in lines[0]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert problem in line and "sonnets.txt" in line and "--overwrite" in line
     assert not (offline / "input.txt").exists() and strays(offline) == []
     source = read_meta(offline)["sources"][0]
     bundled = prepare_data.BUNDLED.read_bytes()
@@ -973,7 +976,7 @@ def test_adopted_tokens_are_a_data_set_and_stay_as_they_are(nanogpts, capsys):
     before = hashes(folder)
     assert prepare("--adopt", folder) == 0
     out = capsys.readouterr().out
-    assert out.endswith(f"next: python train.py --data_dir {folder}\n")
+    assert out.endswith(f" {utils.command_for('train.py', '--data_dir', folder)}\n")
     dataset = TokenDataset(folder)
     gpt2 = load_tokenizer(dataset.tokenizer_path)
     for split, text in texts.items():

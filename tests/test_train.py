@@ -8,11 +8,13 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TEXT, in_child
@@ -100,6 +102,55 @@ def test_a_run_logs_and_saves_what_it_promises(config):
         state["step"] == 40 and state["run"] == folder.name and set(state) == set(checkpoint.KEYS)
     )
     assert state["best_val_loss"] == min(r["val_loss"] for r in records if "val_loss" in r)
+
+
+@pytest.fixture
+def shown(config, monkeypatch):
+    """What TensorBoard reads of a run that was cut short after step 15, saved at step 10, and then
+    made to its end; its validation loss goes up and down.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def update_until_15(trainer):
+        if trainer.step == 15:
+            trainer.log.writer.flush()
+            raise KeyboardInterrupt
+        return update(trainer)
+
+    update = Trainer.update
+    monkeypatch.setattr(Trainer, "evaluate", lambda trainer: 3 + math.sin(trainer.step))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "update", update_until_15)
+        train(config)
+    train(config)
+    (folder,) = Path(config.log_dir).iterdir()
+    return EventAccumulator(str(folder)).Reload()
+
+
+def test_tensorboard_shows_each_step_once(config, shown):
+    for tag, name in {"loss/train": "loss", "loss/val": "val_loss", "lr": "lr"}.items():
+        points = [(event.step, event.value) for event in shown.Scalars(tag)]
+        assert points == [(r["step"], np.float32(r[name])) for r in logged(config) if name in r]
+    losses = [event.value for event in shown.Scalars("loss/val")]
+    best = [event.value for event in shown.Scalars("best_val_loss")]
+    assert best == [min(losses[:n]) for n in range(1, 5)]
+    memory = [event.value for event in shown.Scalars("memory_mb")]
+    assert 100 < memory[0] and memory == sorted(memory)  # torch alone takes more
+
+
+def test_tensorboard_has_a_layout_of_charts_and_a_row_of_settings(shown):
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+    from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+
+    layout = shown.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    charts = [chart for category in Layout.FromString(layout).category for chart in category.chart]
+    tags = shown.Tags()["scalars"]
+    drawn = [{t for t in tags if re.match("|".join(c.multiline.tag), t)} for c in charts]
+    assert drawn[0] == {"loss/train", "loss/val"} and all(drawn)
+    row = shown.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    row = parse_session_start_info_plugin_data(row).hparams
+    assert row["n_embd"].number_value == 32 and row["device"].string_value == "cpu"
+    assert row["bias"].string_value == "True" and "log_dir" not in row
 
 
 def test_logged_loss_is_the_mean_over_all_micro_batches_of_the_step(config):

@@ -1,0 +1,121 @@
+"""README's pictures: the script that makes them draws what was logged and what was shown."""
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import utils
+from train import train
+
+SVG = "{http://www.w3.org/2000/svg}"
+# stands for Chromium: its screenshot is the layout that TensorBoard has at the address
+BROWSER = """#!{python}
+import re, sys, urllib.request
+address, page = sys.argv[-1], re.search("--screenshot=(.*?)\\n", "\\n".join(sys.argv) + "\\n")[1]
+layout = address.split("#")[0] + "data/plugin/custom_scalars/layout"
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({{}}))
+open(page, "wb").write(direct.open(layout).read())
+"""
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "docs" / "images"))
+    import make_pictures
+
+    return make_pictures
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Logs of an older run and of a newer one, whose records come back."""
+    random = np.random.default_rng(0)
+    losses = np.sort(random.uniform(1, 4, 30))[::-1]
+    records = [
+        {"step": 10 * n, "seconds": 0.7 * n**1.1, "loss": loss}
+        for n, loss in enumerate(losses.tolist(), 1)
+    ]
+    for record in records[5::6]:
+        record["val_loss"] = record["loss"] + float(random.uniform(0, 1))
+    for name, lines in {"2026-01-02": records, "2025-12-31": records[:1]}.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text(text)
+    return tmp_path / "runs", records
+
+
+def drawn(svg, name):
+    """The corners (x, y) of the line of that name."""
+    group = svg.find(f".//{SVG}g[@id='{name}']")
+    path = group.find(f"{SVG}path").get("d")
+    return np.array(re.findall(r"[ML] (\S+) (\S+)", path), dtype=float)
+
+
+def test_the_curve_is_what_the_newest_run_logged(pictures, run_folder, tmp_path):
+    folder, records = run_folder
+    command = ["--only", "loss", "--log_dir", str(folder), "--output", str(tmp_path)]
+    assert utils.run(pictures.main, command) == 0
+    first = (tmp_path / "loss.svg").read_bytes()
+    svg = ET.fromstring(first)
+    evaluated = [record for record in records if "val_loss" in record]
+    xs, ys = [], []
+    for name, key, rows in [("training", "loss", records), ("validation", "val_loss", evaluated)]:
+        points = drawn(svg, name)
+        assert len(points) == len(rows)
+        xs += zip((row["step"] for row in rows), points[:, 0], strict=True)
+        ys += zip((row[key] for row in rows), points[:, 1], strict=True)
+    for pairs in (xs, ys):  # both lines lie on the same straight scales
+        value, place = np.array(pairs).T
+        assert np.abs(np.polyval(np.polyfit(value, place, 1), value) - place).max() < 0.01
+    assert utils.run(pictures.main, command) == 0
+    assert (tmp_path / "loss.svg").read_bytes() == first
+
+
+def test_the_terminal_breaks_lines_where_a_terminal_does_and_keeps_colours(pictures):
+    words = "the quick brown fox " * 5
+    shown = f"\x1b[?2004h> \x1b[1;31mred\x1b[0m\r\n\x1b[?2004l\r{words}\r\n<tag> & more\r\n"
+    svg = ET.fromstring(pictures.screen(shown))
+    assert "\x1b" not in pictures.screen(shown) and "url(http" not in pictures.screen(shown)
+    lines = {}
+    for text in svg.iter(f"{SVG}text"):
+        if text.get("clip-path"):
+            lines.setdefault(text.get("y"), []).append("".join(text.itertext()))
+    lines = ["".join(parts).replace("\xa0", " ").rstrip() for parts in lines.values()]
+    assert lines == ["> red", words[:80].rstrip(), words[80:].rstrip(), "<tag> & more"]
+    assert "bold" in pictures.screen(shown)
+
+
+def test_pictures_of_a_real_run(pictures, tiny_config, tmp_path, monkeypatch):
+    """TensorBoard and generate.py --interactive are real, the browser only writes what it finds."""
+    train(replace(tiny_config, max_iters=5, eval_interval=5))
+    browser = tmp_path / "browser"
+    browser.write_text(BROWSER.format(python=sys.executable))
+    browser.chmod(0o755)
+    monkeypatch.setattr(pictures, "TYPED", ("line 1", "/set temperature 0.5", "the fox"))
+    best = f"{tiny_config.checkpoint_dir}/best_checkpoint.pt"
+    command = ["--log_dir", tiny_config.log_dir, "--checkpoint", best, "--output", str(tmp_path)]
+    assert utils.run(pictures.main, [*command, "--browser", str(browser)]) == 0
+    layout = json.loads((tmp_path / "tensorboard.png").read_text())
+    assert layout["category"][0]["chart"][1]["title"] == "learning rate"
+    svg = (tmp_path / "terminal.svg").read_text("utf-8").replace("\xa0", " ")
+    for line in ("generate.py --interactive", "line 1", "temperature 0.5", "the fox", "/quit"):
+        assert line in svg.replace("&#160;", " ")
+
+
+@pytest.mark.parametrize("only", ["loss", "tensorboard", "terminal"])
+def test_what_is_missing_is_one_line(pictures, tmp_path, only, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    code = utils.run(pictures.main, ["--only", only, "--output", str(tmp_path)])
+    said = capsys.readouterr().err.splitlines()
+    assert code == 2 and len(said) == 1 and said[0].startswith("error: ")
+    assert {"loss": "train.py", "tensorboard": "chromium", "terminal": "checkpoint"}[only] in said[
+        0
+    ]
+    assert list(tmp_path.iterdir()) == []
