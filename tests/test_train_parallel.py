@@ -23,8 +23,9 @@ from conftest import ROOT, in_child, in_processes
 from test_train import assert_same_run, elsewhere, flags, killed_at, logged, main, saved
 
 import train as training
+from data import TokenDataset
 from train import Trainer
-from utils import run
+from utils import outline_from_first, process_group, rank, run, tensor_from_first
 
 
 @pytest.fixture
@@ -163,6 +164,29 @@ def test_where_one_process_cannot_compile_none_does(config, capfd):
     assert in_processes(2, patched) == [0, 0]
     err = capfd.readouterr().err
     assert "torch.compile does not work here (no compiler)" in err and ", compiled" not in err
+
+
+# ---------------------------------------------------------------- who holds the state
+
+
+def test_only_the_first_process_ever_has_the_whole_state(config):
+    """What fsdp has spread is put together there alone, and the others get one tensor at a time."""
+
+    def check():
+        with process_group(torch.device("cpu")):
+            trainer = Trainer(replace(config, parallel="fsdp"), TokenDataset(config.data_dir))
+            trainer.update()
+            state = trainer.state()
+            moments = state["optimizer"]["transformer.wte.weight"]
+            held = [*state["model"].values(), moments["exp_avg"], moments["exp_avg_sq"]]
+            assert all((tensor is None) == (rank() == 1) for tensor in held)
+            outline = outline_from_first(lambda: state)
+            everywhere = [tensor_from_first(tensor) for tensor in outline["model"].values()]
+            assert all(tensor.is_meta for tensor in outline["model"].values()) == (rank() == 1)
+            for mine, whole in zip(trainer.raw_model.parameters(), everywhere, strict=False):
+                assert torch.equal(mine.full_tensor(), whole)
+
+    assert in_processes(2, check) == [0, 0]
 
 
 # ---------------------------------------------------------------- what is refused
