@@ -49,7 +49,7 @@ from config import (
 from data import TokenDataset, validation_starts, windows_at
 from generate import Sampling, decoder, generate_ids, new_cache
 from model import GPT2, MOST_SCORES
-from optim import learning_rate, make_optimizer, optimizer_state
+from optim import AT_ONCE, learning_rate, make_optimizer, optimizer_state
 from utils import (
     PEAK_FLOPS,
     ArgumentParser,
@@ -230,7 +230,7 @@ def training_sample(model, forward, optimizer, x, y, precision, options, micro_s
                     (loss / micro_steps).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=world_size() == 1)
         return options.steps * micro_steps * world_size() * x.numel()
 
     return sample
@@ -561,6 +561,7 @@ GPUS = {
     "cpu": (None, None),
 }
 MFU = 0.3  # from published runs, see docs/scaling.md
+HOLES = 0.4  # on a CPU, of the memory that comes and goes in a step: measured, see docs/scaling.md
 
 
 def plan_main(argv) -> int:
@@ -710,9 +711,8 @@ def memory_moments(config, model, processes, on_cpu=False) -> dict[str, dict[str
     share = 1 / processes if sharded else 1
 
     optimizer = w * (2 * N - M * (config.optimizer == "muon"))
-    # DDP's buckets stay; gradients that add up over micro-batches do so beside them
-    buckets = w * N if processes > 1 and not sharded else 0
-    before = buckets + w * N * (config.gradient_accumulation_steps > processes)
+    buckets = w * N * (processes > 1 and not sharded)  # DDP's, in which the gradients lie
+    before = buckets or w * N * (config.gradient_accumulation_steps > processes)
     after = before or w * N * share
     waits = E * (h if sharded else w)  # wte's gradient by the output layer, for the embedding's
     copies = h * (N - L * K + 2 * K) if sharded else h * (M + E) * (h < w)
@@ -735,9 +735,16 @@ def memory_moments(config, model, processes, on_cpu=False) -> dict[str, dict[str
     moments = {name: always | dict(zip(columns, row, strict=True)) for name, row in moments.items()}
     if config.optimizer == "muon":
         half = 2 if config.dtype == "bfloat16" else w
-        moments["update"]["orthogonalizing"] = M * (w + max(w, (w + 4 * half) / 3))
-    together = {"put together": w * N + optimizer} if sharded else {}  # in every process
-    return moments | {"saving": always | together}
+        some = max(4 * C * C, min(AT_ONCE, M // 3))  # a third: as many are of one shape
+        moments["update"]["orthogonalizing"] = M * w + some * (w + 4 * half)
+    if on_cpu and not (sharded or again):  # see utils.set_up_device
+        for rows in moments.values():
+            passing = sum(rows.values()) - sum(always.values()) - rows["gradients"]
+            rows["holes"] = HOLES * passing
+    saving = always | {"gradients": buckets}
+    if sharded:  # tensor by tensor; on a CPU the first process has them all in the end
+        saving["put together"] = w * E + (w * N + optimizer) * on_cpu
+    return moments | {"saving": saving}
 
 
 def widths(config) -> tuple[int, int]:
@@ -815,9 +822,7 @@ def plan_summary(report) -> str:
             "(--mfu)"
         )
     if options["gpu"] == "cpu":
-        lines.append(
-            "a process has more: Python, PyTorch, and freed memory that it keeps for later use"
-        )
+        lines.append("a process has more: Python and PyTorch")
     return "\n".join(lines)
 
 

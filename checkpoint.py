@@ -295,11 +295,8 @@ def model_config(state: dict) -> GPT2Config:
     return config
 
 
-def load_weights(model, state: dict, assign=False):
-    """Copy a checkpoint's weights into model after comparing every name, shape and type.
-
-    assign: make them the model's own instead, types included; it may have been built on "meta".
-    """
+def check_weights(model, state: dict):
+    """CheckpointError unless a checkpoint's weights fit the model: every name, shape and type."""
     expected, found = model.state_dict(), state["model"]
     lines = [f"{name} is missing" for name in expected if name not in found]
     lines += [f"{name} is not part of the model" for name in found if name not in expected]
@@ -310,7 +307,15 @@ def load_weights(model, state: dict, assign=False):
             lines.append(f"{name} is {found[name].dtype}")
     if lines:
         raise CheckpointError(f"the checkpoint does not fit the model: {lines[0]}")
-    model.load_state_dict(found, assign=assign)
+
+
+def load_weights(model, state: dict, assign=False):
+    """Copy a checkpoint's weights into model, if they fit.
+
+    assign: make them the model's own instead, types included; it may have been built on "meta".
+    """
+    check_weights(model, state)
+    model.load_state_dict(state["model"], assign=assign)
 
 
 # ---------------------------------------------------------------- the folder

@@ -6,6 +6,8 @@ import torch
 
 from config import GPT2Config
 
+AT_ONCE = 2**22  # numbers that are orthogonalized together; more would only take more memory
+
 
 def learning_rate(step: int, config: GPT2Config) -> float:
     """Learning rate of update number `step` (from 0): linear warmup, then cosine or linear decay to
@@ -78,43 +80,53 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        done = {}  # parameter -> its gradient
         for group in self.param_groups:
             if group["muon"]:
                 self._muon_step(group)
-                for p in group["params"]:
-                    p.grad = None  # done: AdamW passes over parameters without a gradient
-        return super().step(closure)
+                done |= {p: p.grad for p in group["params"]}
+        for p in done:
+            p.grad = None  # AdamW passes over parameters without a gradient
+        loss = super().step(closure)
+        for p, grad in done.items():
+            p.grad = grad
+        return loss
 
     def _muon_step(self, group):
         found_inf, beta = getattr(self, "found_inf", None), group["betas"][0]
         keep = 1.0 if found_inf is None else 1.0 - found_inf  # 0 where the step must change nothing
-        params = [p for p in group["params"] if p.grad is not None]
-        states = [self._state_of(p) for p in params]
-        grads, momenta = [p.grad for p in params], [state["momentum_buffer"] for state in states]
-        if found_inf is not None:  # a mean of itself and itself is itself
-            grads = [torch.where(found_inf > 0, m, g) for g, m in zip(grads, momenta, strict=True)]
-        torch._foreach_add_([state["step"] for state in states], keep)
-        torch._foreach_lerp_(momenta, grads, 1 - beta)
-        nesterov = [whole(g.lerp(m, beta)) for g, m in zip(grads, momenta, strict=True)]
-        self._orthogonalize(nesterov)
-        updates = [laid_out_as(p, update) for p, update in zip(params, nesterov, strict=True)]
+        updates = {}  # parameter -> what is subtracted from it
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state, grad = self.state[p], p.grad
+            if not state:
+                state["step"] = torch.zeros((), device=p.device)  # AdamW expects one
+                state["momentum_buffer"] = torch.zeros_like(p)
+            momentum = state["momentum_buffer"]
+            if found_inf is not None:  # a mean of itself and itself is itself
+                grad = torch.where(found_inf > 0, momentum, grad)
+            state["step"] += keep
+            momentum.lerp_(grad, 1 - beta)
+            updates[p] = whole(grad.lerp(momentum, beta))  # Nesterov
+        self._orthogonalize(updates.values())
+        params = list(updates)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * keep)
-        torch._foreach_add_(params, torch._foreach_mul(updates, -group["lr"] * keep))
-
-    def _state_of(self, p):
-        if not self.state[p]:
-            self.state[p]["step"] = torch.zeros((), device=p.device)  # AdamW expects one
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return self.state[p]
+        steps = [laid_out_as(p, updates[p]) for p in params]
+        torch._foreach_mul_(steps, -group["lr"] * keep)
+        torch._foreach_add_(params, steps)
 
     def _orthogonalize(self, updates):
-        """In place, all matrices of one shape at once."""
+        """In place, matrices of one shape together."""
         by_shape = {}
         for part in (part for update in updates for part in _square_parts(update)):
             by_shape.setdefault(part.shape, []).append(part)
         for shape, parts in by_shape.items():
-            new = orthogonalize(torch.stack(parts), self.orthogonalize_dtype)
-            torch._foreach_copy_(parts, list((new * (0.2 * math.sqrt(max(shape)))).unbind()))
+            count = max(1, AT_ONCE // shape.numel())
+            for i in range(0, len(parts), count):
+                some = parts[i : i + count]
+                new = orthogonalize(torch.stack(some), self.orthogonalize_dtype)
+                torch._foreach_copy_(some, list((new * (0.2 * math.sqrt(max(shape)))).unbind()))
 
 
 def _square_parts(matrix):
@@ -147,6 +159,16 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def whole_in_first(tensor):
+    """tensor in one piece, in the first process's host memory; None for what fsdp has spread in the
+    other processes, which need not keep it.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if torch.distributed.get_rank() == 0 else None
+
+
 def laid_out_as(p, tensor):
     """tensor, which every process has whole, spread over them as the parameter p is."""
     if not hasattr(p, "full_tensor") or tensor.shape != p.shape:
@@ -160,21 +182,26 @@ def laid_out_as(p, tensor):
 
 
 def optimizer_state(optimizer, model) -> dict:
-    """The optimizer's memory by parameter name, so that it fits any order of parameters."""
+    """The optimizer's memory by parameter name, so that it fits any order of parameters; in the
+    first process.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        names[id(p)]: {key: whole(value) for key, value in memory.items()}
+        names[id(p)]: {key: whole_in_first(value) for key, value in memory.items()}
         for p, memory in optimizer.state.items()
     }
 
 
-def load_optimizer_state(optimizer, model, state: dict):
-    """Put optimizer_state's memory back; shapes were checked by whoever read it."""
+def load_optimizer_state(optimizer, model, state: dict, fetch=lambda tensor: tensor):
+    """Put optimizer_state's memory back; shapes were checked by whoever read it.
+
+    fetch is called for each tensor just before it is needed, and gives the one to use.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     order = [p for group in optimizer.param_groups for p in group["params"]]
     current = optimizer.state_dict()
     current["state"] = {
-        i: {key: laid_out_as(p, v.to(p.device)) for key, v in state[names[id(p)]].items()}
+        i: {key: laid_out_as(p, fetch(v).to(p.device)) for key, v in state[names[id(p)]].items()}
         for i, p in enumerate(order)
         if names[id(p)] in state
     }

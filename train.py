@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +34,14 @@ from data import BatchSampler, TokenDataset
 from evaluate import mean_loss, to
 from generate import sample_text
 from model import GPT2
-from optim import learning_rate, load_optimizer_state, make_optimizer, optimizer_state, whole
+from optim import (
+    learning_rate,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    whole,
+    whole_in_first,
+)
 from prepare_data import prepare_file
 from tokenizer import load_tokenizer
 from utils import (
@@ -50,6 +56,7 @@ from utils import (
     lock,
     log_next,
     log_row,
+    outline_from_first,
     peak_flops,
     perplexity,
     pick_device,
@@ -61,8 +68,8 @@ from utils import (
     run,
     seed_everything,
     set_up_device,
-    share_from_first,
     sum_over_processes,
+    tensor_from_first,
     warn,
     world_size,
 )
@@ -111,15 +118,16 @@ def train(
     dataset.require(config.block_size)
     if start is not None:
         check_vocabulary(start, dataset)
-    set_up_device(device)
+    set_up_device(device, thrifty=is_sharded(config) or config.activation_checkpointing)
     folder = config.checkpoint_dir
     with process_group(device, config.peer_timeout) as group, StopSignals(group) as stop:
         check_alike(config, dataset)
         with share_lock(folder):
             state = None
             if not fresh:
-                state = share_from_first(lambda: find_checkpoint(config, dataset, resume))
+                state = outline_from_first(lambda: find_checkpoint(config, dataset, resume))
             trainer = Trainer(config, dataset, state, stop, start)
+            del state  # or all of it would be in memory as long as the run
             trainer.describe(why)
             if eval_only:
                 return {"step": trainer.step, "val_loss": trainer.evaluate()}
@@ -167,9 +175,13 @@ class Trainer:
         config = self.config
         wide = torch.float64 if config.dtype == "float64" else torch.float32
         self.raw_model = GPT2(config).to(self.device, wide)
-        if state is not None or start is not None:
-            checkpoint.load_weights(self.raw_model, state or cropped(start, config.block_size))
-        self.sharded = world_size() > 1 and config.parallel == "fsdp"
+        if state is not None:
+            checkpoint.check_weights(self.raw_model, state)
+            for name, weights in self.raw_model.state_dict().items():
+                weights.copy_(tensor_from_first(state["model"][name]))
+        elif start is not None:
+            checkpoint.load_weights(self.raw_model, cropped(start, config.block_size))
+        self.sharded = is_sharded(config)
         if config.activation_checkpointing:
             recompute_activations(self.raw_model)
         if self.sharded:
@@ -249,7 +261,7 @@ class Trainer:
         elif finite:
             self.optimizer.step()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
         return loss, grad_norm
 
     def forward_backward(self, micro_step):
@@ -284,7 +296,14 @@ class Trainer:
         x, y = self.to_device(self.sampler.batch(0))
         with autocast(self.device, self.config.dtype):
             self.synced(x, y)[1].backward()
-        self.raw_model.zero_grad(set_to_none=True)
+        self.clear_gradients()
+
+    def clear_gradients(self):
+        """DDP's lie in the buckets that it exchanges, and have to stay there: made anew, they would
+        add up over micro-batches beside the buckets.
+        """
+        in_buckets = world_size() > 1 and not self.sharded
+        self.optimizer.zero_grad(set_to_none=not in_buckets)
 
     def to_device(self, batch):
         return [to(tensor, self.device) for tensor in batch]
@@ -357,7 +376,7 @@ class Trainer:
 
     def state(self) -> dict:
         """All that resuming needs; see checkpoint.KEYS. Every process must call it, to put together
-        what fsdp has spread over them.
+        what fsdp has spread over them; the first has it then.
         """
         generators = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -379,15 +398,16 @@ class Trainer:
     def weights(self) -> dict:
         """Every parameter by name; a tied one is the same tensor under both of its names."""
         named = list(self.raw_model.named_parameters(remove_duplicate=False))
-        tensors = {p: whole(p.detach()) for p in dict(named).values()}
+        tensors = {p: whole_in_first(p.detach()) for p in dict(named).values()}
         return {name: tensors[p] for name, p in named}
 
     def load_state(self, state):
         """All but the weights, which were there before the optimizer was."""
-        load_optimizer_state(self.optimizer, self.raw_model, state["optimizer"])
+        memory = state["optimizer"]
+        load_optimizer_state(self.optimizer, self.raw_model, memory, tensor_from_first)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"]["torch"])
+        torch.set_rng_state(tensor_from_first(state["rng"]["torch"]))
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.run_name = state["run"]
 
@@ -490,8 +510,8 @@ class Trainer:
 
 
 def compile_model(trainer):
-    """The compiled model, tried on one batch; the plain one where this machine cannot compile."""
-    model = torch.compile(trainer.raw_model)
+    """The compiled model, tried on one batch; the plain one where a process cannot compile."""
+    model, reason = torch.compile(trainer.raw_model), None
     log_row("compiling", "the model (about a minute)")
     try:
         x, y = trainer.to_device(trainer.sampler.batch(0))
@@ -501,14 +521,19 @@ def compile_model(trainer):
         raise
     except Exception as error:  # compilers fail in many ways, none of which needs to end a run
         reason = str(error).strip().splitlines()[0][:120]
-        warn(f"torch.compile does not work here ({reason}); training goes on without it")
-        model = trainer.raw_model
     finally:
         trainer.raw_model.zero_grad(set_to_none=True)
-    return model
+    reasons = [reason for reason in gather_from_processes([reason]) if reason is not None]
+    if reasons:
+        warn(f"torch.compile does not work here ({reasons[0]}); training goes on without it")
+    return trainer.raw_model if reasons else model
 
 
 # ---------------------------------------------------------------- several processes
+
+
+def is_sharded(config) -> bool:
+    return world_size() > 1 and config.parallel == "fsdp"
 
 
 def shard(model, device, dtype):
@@ -532,7 +557,18 @@ def recompute_activations(model):
     more work for much less memory (Chen et al. 2016).
     """
     for block in model.transformer.h:
-        block.forward = partial(recomputed, block.forward, use_reentrant=False)
+        block.forward = recomputing(block.forward)
+
+
+def recomputing(forward):
+    """forward under recomputation, as a function because torch.compile does not look into a partial
+    one that fsdp calls.
+    """
+
+    def call(*arguments):
+        return recomputed(forward, *arguments, use_reentrant=False)
+
+    return call
 
 
 def check_alike(config, dataset):

@@ -644,28 +644,33 @@ def from_first(function):
     return answer[0]
 
 
-def share_from_first(function):
-    """from_first for plain data with tensors in it: these travel one by one, outside of pickle."""
-    if world_size() == 1:
-        return function()
+def outline_from_first(function):
+    """from_first for plain data with tensors in it. These are in the first process alone; in the
+    others they are on "meta", without numbers, until tensor_from_first gets them one by one.
+    """
     found = []
 
     def outline():
         found.append(function())
-        return _map_tensors(found[0], lambda tensor: tensor.to("meta"))
+        return found[0] if world_size() == 1 else _on_meta(found[0])
 
     outline = from_first(outline)
-    if rank() > 0:
-        found.append(_map_tensors(outline, lambda tensor: torch.empty_like(tensor, device="cpu")))
-    _map_tensors(found[0], torch.distributed.broadcast, 0)
-    return found[0]
+    return found[0] if found else outline
 
 
-def _map_tensors(value, function, *arguments):
-    """A nest of dicts with function applied to each tensor in it."""
+def tensor_from_first(tensor):
+    """A tensor of an outline with its numbers, in host memory; every process must ask for it."""
+    if world_size() > 1:
+        tensor = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+        torch.distributed.broadcast(tensor, 0)
+    return tensor
+
+
+def _on_meta(value):
+    """A nest of dicts with its tensors on "meta"."""
     if isinstance(value, dict):
-        return {key: _map_tensors(part, function, *arguments) for key, part in value.items()}
-    return function(value, *arguments) if isinstance(value, torch.Tensor) else value
+        return {key: _on_meta(part) for key, part in value.items()}
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 def seed_everything(seed: int):
@@ -778,25 +783,34 @@ def autocast(device: torch.device, dtype: str):
     return contextlib.nullcontext()
 
 
-def set_up_device(device: torch.device):
-    """On CUDA: TF32 for the float32 products that autocast leaves. On a CPU: keep freed memory."""
+def set_up_device(device: torch.device, thrifty: bool = False):
+    """On CUDA: TF32 for the float32 products that autocast leaves. On a CPU: keep freed memory, or,
+    where thrifty, give it back.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     elif device.type == "cpu":
-        _keep_freed_memory()
+        _set_up_malloc(thrifty)
 
 
-def _keep_freed_memory():
+def _set_up_malloc(thrifty):
     """Let glibc's malloc reuse what large tensors free instead of giving it back to the system,
     which would map and clear it anew in each step: a third of the time of training GPT-2 124M.
+
+    It costs memory: what is freed leaves holes that not every tensor fits in. Thrifty, a tensor of
+    1 MB or more has a mapping of its own, which goes when it does.
     """
-    trim_threshold, mmap_max = -1, -4  # names of mallopt(3)
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names of mallopt(3)
+    if thrifty:
+        values = {trim_threshold: 2**17, mmap_threshold: 2**20, mmap_max: 2**16}
+    else:
+        values = {trim_threshold: -1, mmap_max: 0}
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(mmap_max, 0)
+        for name, value in values.items():
+            libc.mallopt(name, value)
 
 
 def human_time(seconds: float) -> str:

@@ -7,6 +7,7 @@ would; where torchrun itself is the point, it is started.
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,47 @@ def test_fsdp_in_bfloat16_keeps_float32_weights_and_moments(config):
     alone = replace(elsewhere(config, f"{config.log_dir}/alone"), dtype="float32")
     assert in_child(main, alone) == 0
     assert logged(config)[-1]["loss"] == pytest.approx(logged(alone)[-1]["loss"], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("thrifty", [False, True], ids=["", "activation_checkpointing"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_compiled_processes_give_the_numbers_of_one_plain_one(config, parallel, thrifty):
+    """Stopped half-way, and gone on with."""
+    config = replace(config, dtype="float32", max_iters=20, lr_decay_iters=20, warmup_iters=2)
+    assert in_child(main, config) == 0
+    compiled = replace(elsewhere(config, f"{config.log_dir}/compiled"), parallel=parallel)
+    compiled = replace(compiled, compile=True, activation_checkpointing=thrifty)
+    for steps in (10, 20):
+        launcher = torchrun(replace(compiled, max_iters=steps), "--nproc_per_node", "2")
+        err = launcher.communicate(timeout=300)[1]
+        assert launcher.returncode == 0 and "float32, compiled, 2 processes" in err, err[-2000:]
+    assert saved(compiled)["model"].keys() == saved(config)["model"].keys()
+    assert largest_difference(saved(compiled)["model"], saved(config)["model"]) < 1e-4
+    for one, other in zip(logged(config), logged(compiled), strict=True):
+        for key in ("loss", "val_loss") if "val_loss" in one else ("loss",):
+            assert one[key] == pytest.approx(other[key], abs=1e-5)
+
+
+def test_where_one_process_cannot_compile_none_does(config, capfd):
+    """A stand-in for torch.compile: it fails in process 1, and does nothing in process 0."""
+
+    def compile_in_first(model):
+        def call(*batch):
+            if os.environ["RANK"] == "1":
+                raise RuntimeError("no compiler")
+            return model(*batch)
+
+        return call
+
+    def patched():
+        torch.compile = compile_in_first
+        return main(replace(config, compile=True, max_iters=2))
+
+    assert in_processes(2, patched) == [0, 0]
+    err = capfd.readouterr().err
+    assert "torch.compile does not work here (no compiler)" in err and ", compiled" not in err
 
 
 # ---------------------------------------------------------------- what is refused
