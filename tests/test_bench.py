@@ -111,7 +111,7 @@ def test_plan_counts_the_weights_and_what_belongs_to_them(capsys):
     assert ddp["weights"] == ddp["gradients"] == 4 * 1_557_611_200 == ddp["optimizer"] / 2
     assert fsdp["weights"] * 64 == ddp["weights"] and fsdp["optimizer"] * 64 == ddp["optimizer"]
     assert report["memory"]["ddp"]["bytes"] == sum(ddp.values())
-    assert report["memory"]["fsdp"]["saving_bytes"] == 3 * (ddp["weights"] + fsdp["weights"])
+    assert report["memory"]["fsdp"]["saving_bytes"] == 3 * fsdp["weights"] + 4 * 50257 * 1600
     assert "1,557,611,200 parameters" in table and "--mfu" in table and "fits 80 GB" in table
 
 
@@ -184,6 +184,14 @@ def bytes_kept(config):
 
 SHAPE = {"n_layer": 6, "n_embd": 512, "n_head": 8, "block_size": 256, "batch_size": 8}
 SMALL = {"n_layer": 2, "n_embd": 512, "n_head": 8, "block_size": 256, "batch_size": 4}
+NARROW = {"n_layer": 4, "n_embd": 256, "n_head": 4, "block_size": 256, "batch_size": 4}
+BF16, FLOAT32 = {"dtype": "bfloat16"}, {"dtype": "float32"}
+MUON, FSDP, RECOMPUTED = (
+    {"optimizer": "muon"},
+    {"parallel": "fsdp"},
+    {"activation_checkpointing": True},
+)
+TWICE, FOUR_TIMES = {"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 4}
 
 
 @pytest.mark.slow
@@ -191,24 +199,24 @@ SMALL = {"n_layer": 2, "n_embd": 512, "n_head": 8, "block_size": 256, "batch_siz
 @pytest.mark.parametrize(
     "processes, vocabulary, change",
     [
-        (1, 64, SHAPE | {"dtype": "bfloat16", "batch_size": 16}),
-        (1, 64, SHAPE | {"dtype": "float32"}),
-        (1, 64, SHAPE | {"dtype": "bfloat16", "optimizer": "muon"}),
-        (1, 64, SHAPE | {"dtype": "bfloat16", "batch_size": 16, "activation_checkpointing": True}),
-        (1, 8000, SMALL | {"dtype": "float32", "gradient_accumulation_steps": 2}),
-        (2, 64, SHAPE | {"dtype": "bfloat16", "gradient_accumulation_steps": 4}),
-        (2, 8000, SMALL | {"dtype": "float32", "gradient_accumulation_steps": 2}),
-        (
-            2,
-            64,
-            SHAPE | {"dtype": "bfloat16", "gradient_accumulation_steps": 4, "parallel": "fsdp"},
-        ),
-        (2, 64, SHAPE | {"dtype": "float32", "gradient_accumulation_steps": 2, "parallel": "fsdp"}),
-        (
-            2,
-            8000,
-            SMALL | {"dtype": "bfloat16", "gradient_accumulation_steps": 4, "parallel": "fsdp"},
-        ),
+        (1, 64, SHAPE | BF16 | {"batch_size": 16}),
+        (1, 64, SHAPE | BF16 | {"dropout": 0.1}),
+        (1, 64, SHAPE | FLOAT32),
+        (1, 64, SHAPE | BF16 | MUON),
+        (1, 64, SHAPE | BF16 | RECOMPUTED | {"batch_size": 16}),
+        (1, 64, NARROW | BF16 | {"batch_size": 16}),
+        (1, 8000, SMALL | FLOAT32 | TWICE),
+        (1, 8000, SHAPE | FLOAT32 | MUON | {"batch_size": 4}),
+        (1, 50257, NARROW | BF16),
+        (1, 50257, NARROW | BF16 | MUON),
+        (2, 64, SHAPE | BF16 | FOUR_TIMES),
+        (2, 64, SHAPE | BF16 | TWICE | MUON),
+        (2, 8000, SMALL | FLOAT32 | TWICE),
+        (2, 50257, NARROW | BF16 | FOUR_TIMES),
+        (2, 64, SHAPE | BF16 | FOUR_TIMES | FSDP),
+        (2, 64, SHAPE | BF16 | TWICE | MUON | FSDP),
+        (2, 8000, SMALL | BF16 | FOUR_TIMES | FSDP),
+        (2, 50257, NARROW | FLOAT32 | TWICE | FSDP | {"batch_size": 1, "block_size": 64}),
     ],
     ids=str,
 )
@@ -219,7 +227,7 @@ def test_plan_predicts_the_peak_memory_of_a_real_run(tmp_path, processes, vocabu
         data_dir=many_characters(tmp_path, vocabulary),
         checkpoint_dir=str(tmp_path / "checkpoints"),
         log_dir=str(tmp_path / "runs"),
-        max_iters=2,
+        max_iters=3,
         eval_iters=1,
         device="cpu",
     )
@@ -228,12 +236,12 @@ def test_plan_predicts_the_peak_memory_of_a_real_run(tmp_path, processes, vocabu
     predicted = bench.peak_memory(config, model, processes, on_cpu=True)["bytes"]
     grown = growth_of_a_run(tmp_path, config, processes)
     print(f"plan {predicted / 1e6:.0f} MB, run {grown / 1e6:.0f} MB: {predicted / grown:.3f}")
-    assert grown > 250e6 and predicted == pytest.approx(grown, rel=0.1)
+    assert grown > 250e6 and predicted == pytest.approx(grown, rel=0.15)
 
 
 def many_characters(tmp_path, count):
     """A data set of characters, `count` different ones."""
-    alphabet = "".join(chr(0x4E00 + i) for i in range(count))
+    alphabet = "".join(chr(0x10000 + i) for i in range(count))
     text = tmp_path / "text.txt"
     text.write_text(alphabet * (2 + 8000 // count), "utf-8")
     prepare_data.prepare_file(text, "char", tmp_path / "data")
@@ -246,7 +254,7 @@ def growth_of_a_run(tmp_path, config, processes) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"WORLD_SIZE": str(processes)}
     command = [sys.executable, __file__, str(tmp_path / "config.json")]
@@ -266,9 +274,6 @@ def growth_of_a_run(tmp_path, config, processes) -> int:
 def grow(path):
     """Train as the config at path says, and print by how many bytes the process grew beyond its
     size just before the model was built, a tiny run having loaded all code that training needs.
-
-    Freed memory is given back at once (see MALLOC_MMAP_THRESHOLD_ above), so that what counts is
-    what is in use; train.py itself keeps it on a CPU.
     """
     config = replace(GPT2Config(), **json.loads(Path(path).read_text("utf-8")))
     tiny = replace(config, n_layer=1, n_embd=32, n_head=2, block_size=32, batch_size=1)
@@ -279,7 +284,7 @@ def grow(path):
         before.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024)
         build(self, *arguments)
 
-    training.Trainer.build, training.set_up_device = noting, lambda device: None
+    training.Trainer.build = noting
     with process_group(torch.device("cpu")):
         training.train(tiny)
         training.train(config, fresh=True)
