@@ -315,8 +315,6 @@ def bench_to_loss(options):
     results = {"ours": ours}
     if options.nanogpt:
         results["nanoGPT"] = nanogpt_recipe(options)
-    for name, result in results.items():
-        log(f"{name}: {result['seconds_to_loss']} s to {options.to_loss}; {result['curve']}")
     return {"unit": "seconds", "to_loss": options.to_loss, "results": results}
 
 
@@ -841,8 +839,12 @@ def table(report) -> str:
     """
     results = report["results"]
     if report["unit"] == "seconds":
-        rows = [f"{name:14}{result['seconds_to_loss']}" for name, result in results.items()]
-        return "\n".join([f"seconds to validation loss {report['to_loss']}", *rows])
+        lines = [f"{'':14}{'seconds to ' + str(report['to_loss']):>20}{'seconds':>10}{'last':>8}"]
+        for name, result in results.items():
+            reached, (seconds, loss) = result["seconds_to_loss"], result["curve"][-1]
+            reached = "never" if reached is None else f"{reached:.1f}"
+            lines.append(f"{name:14}{reached:>20}{seconds:>10.1f}{loss:>8.4f}")
+        return "\n".join(lines)
     first = rate(next(iter(results.values())))
     share = "efficiency" if "threads_each" in report else "utilisation"
     lines = [f"{'':14}{report['unit'] + '/s':>14}{'first / this':>14}{'peak MB':>10}{share[:5]:>7}"]

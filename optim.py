@@ -95,26 +95,26 @@ class Muon(torch.optim.AdamW):
     def _muon_step(self, group):
         found_inf, beta = getattr(self, "found_inf", None), group["betas"][0]
         keep = 1.0 if found_inf is None else 1.0 - found_inf  # 0 where the step must change nothing
-        params = [p for p in group["params"] if p.grad is not None]
-        states = [self._state_of(p) for p in params]
-        grads, momenta = [p.grad for p in params], [state["momentum_buffer"] for state in states]
-        if found_inf is not None:  # a mean of itself and itself is itself
-            grads = [torch.where(found_inf > 0, m, g) for g, m in zip(grads, momenta, strict=True)]
-        torch._foreach_add_([state["step"] for state in states], keep)
-        torch._foreach_lerp_(momenta, grads, 1 - beta)
-        torch._foreach_lerp_(grads, momenta, beta)  # Nesterov; gradients have served then
-        updates = [whole(g) for g in grads]
-        self._orthogonalize(updates)
-        updates = [laid_out_as(p, update) for p, update in zip(params, updates, strict=True)]
+        updates = {}  # parameter -> what is subtracted from it
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state, grad = self.state[p], p.grad
+            if not state:
+                state["step"] = torch.zeros((), device=p.device)  # AdamW expects one
+                state["momentum_buffer"] = torch.zeros_like(p)
+            momentum = state["momentum_buffer"]
+            if found_inf is not None:  # a mean of itself and itself is itself
+                grad = torch.where(found_inf > 0, momentum, grad)
+            state["step"] += keep
+            momentum.lerp_(grad, 1 - beta)
+            updates[p] = whole(grad.lerp(momentum, beta))  # Nesterov
+        self._orthogonalize(updates.values())
+        params = list(updates)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * keep)
-        torch._foreach_mul_(updates, -group["lr"] * keep)
-        torch._foreach_add_(params, updates)
-
-    def _state_of(self, p):
-        if not self.state[p]:
-            self.state[p]["step"] = torch.zeros((), device=p.device)  # AdamW expects one
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return self.state[p]
+        steps = [laid_out_as(p, updates[p]) for p in params]
+        torch._foreach_mul_(steps, -group["lr"] * keep)
+        torch._foreach_add_(params, steps)
 
     def _orthogonalize(self, updates):
         """In place, matrices of one shape together."""

@@ -150,6 +150,7 @@ def test_both_tours_lead_the_same_way():
 def test_both_languages_have_the_same_headings_links_code_and_commands(pair):
     """README.zh-CN.md has more: what helps in China."""
     texts = [BLOCK.sub("", path.read_text("utf-8")) for path in pair]
+    texts = [re.sub(r"tour(\.zh-CN)?\.md(#[^)]*)?", "tour.md", text) for text in texts]
     to_itself = "|".join(re.escape(path.name) for path in pair)
     for pattern in (r"^#+ (?:\d+)?", rf"(?:\]\((?!#|{to_itself})|src=)[^)\s]+", r"`[^`\n]+`"):
         english, chinese = (Counter(re.findall(pattern, text, re.M)) for text in texts)
