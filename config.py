@@ -142,6 +142,7 @@ GPT2_CONFIGS = {
         "optimizer": "muon",
         "learning_rate": 3e-3,
         "lr_schedule": "linear",
+        "beta1": 0.95,
         "eval_interval": 250,
         "checkpoint_interval": 1000,
         "log_interval": 10,
@@ -327,7 +328,11 @@ def auto_preset(device_type, train_tokens, val_tokens, vocab_size, processes=1) 
     values |= {"block_size": block_size, "batch_size": batch_size}
     values["max_iters"] = min(values["max_iters"], steps)
     values["eval_interval"] = math.ceil(values["max_iters"] / 8)
-    return name, _shared(values, processes)
+    values = _shared(values, processes)
+    if "eval_iters" in values:  # as many windows, whatever the batch
+        windows = values["eval_iters"] * GPT2_CONFIGS[name]["batch_size"]
+        values["eval_iters"] = math.ceil(windows / values["batch_size"])
+    return name, values
 
 
 def _shared(values, processes):

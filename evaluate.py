@@ -124,10 +124,10 @@ def full_batch(batch, batch_size):
 
 
 def to(tensor, device):
-    """tensor on the device, without waiting for what the device still has to do."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    """tensor on the device, without waiting for what a GPU still has to do."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def with_bar(items, total, unit):

@@ -36,6 +36,7 @@ from utils import (
     run,
     styled,
     warn,
+    world_size,
 )
 
 SEPARATOR = "---\n"  # between texts, where there are several
@@ -215,7 +216,7 @@ def decoder(model, cache):
         with fast_linears(packed, rows, device):
             return model(new[:, None], cache=cache)[0][:, -1]
 
-    if device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+    if device.type != "cuda" or torch.is_autocast_enabled("cuda") or world_size() > 1:
         return decode
     return GraphedDecoder(decode, cache)
 
@@ -243,16 +244,17 @@ class GraphedDecoder:
         """Record the step, after two runs that set libraries up; what they wrote is overwritten."""
         self.cache.hold_still()
         self.new, lengths = new.clone(), list(self.cache.lengths)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                self.decode(self.new)
-                self.cache.truncate(lengths)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.decode(self.new)
+        with torch.cuda.device(new.device):  # streams and graphs are made on the current one
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    self.decode(self.new)
+                    self.cache.truncate(lengths)
+            torch.cuda.current_stream().wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.decode(self.new)
         self.cache.truncate(lengths)
 
 

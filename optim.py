@@ -182,8 +182,8 @@ def laid_out_as(p, tensor):
 
 
 def optimizer_state(optimizer, model) -> dict:
-    """The optimizer's memory by parameter name, so that it fits any order of parameters; in the
-    first process.
+    """The optimizer's memory by parameter name, so that it fits any order of parameters. What
+    fsdp has spread is whole in the first process, and None in the others.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     return {

@@ -120,7 +120,10 @@ def train(
         check_vocabulary(start, dataset)
     set_up_device(device, thrifty=is_sharded(config) or config.activation_checkpointing)
     folder = config.checkpoint_dir
-    with process_group(device, config.peer_timeout) as group, StopSignals(group) as stop:
+    with (
+        process_group(device, config.peer_timeout) as group,
+        contextlib.nullcontext() if eval_only else StopSignals(group) as stop,
+    ):
         check_alike(config, dataset)
         with share_lock(folder):
             state = None
@@ -131,8 +134,8 @@ def train(
             trainer.describe(why)
             if eval_only:
                 return {"step": trainer.step, "val_loss": trainer.evaluate()}
-            if fresh and rank() == 0:
-                set_aside(folder)
+            if fresh:
+                from_first(lambda: set_aside(folder))
             return trainer.run()
 
 
@@ -147,6 +150,7 @@ class Trainer:
         self.config = config = settings.derived(
             replace(config, device=str(device), dtype=dtype, compile=compiled)
         )
+        settings.validate(config)  # what the machine decided, too
         seed_everything(config.seed)
         self.device, self.dataset, self.stop = device, dataset, stop or StopSignals()
         self.tokenizer = load_tokenizer(dataset.tokenizer_path)
@@ -205,10 +209,7 @@ class Trainer:
             return self.already_finished()
         if self.step == 0:
             self.save(checkpoint.LATEST)
-        known = replace(
-            self.given, device=config.device, dtype=config.dtype, compile=config.compile
-        )
-        self.log.start(self.step, step_limit, self.tokens_per_step, settings.to_dict(known))
+        self.log.start(self.step, step_limit, self.tokens_per_step, settings.to_dict(config))
         with contextlib.closing(self.log):  # no live line shall stand before an error
             while self.step < step_limit:
                 loss, grad_norm = self.update()
@@ -225,7 +226,8 @@ class Trainer:
                     self.log.write(record, self.sample() if evaluating else None)
                 if evaluating:
                     last = last or self.out_of_patience()
-                self.save_what_is_due(record["val_loss"] if evaluating else None, last)
+                with self.log.paused():
+                    self.save_what_is_due(record["val_loss"] if evaluating else None, last)
                 signum = self.stop.asked()
                 if last:
                     break
@@ -237,8 +239,8 @@ class Trainer:
         """One optimizer step; its loss (mean over the micro-batches of all processes) and gradient
         norm, on device.
 
-        The weights stay as they are if either is not finite. On CUDA that is found out one step
-        late, when the answer has long arrived, so that nothing waits for the device.
+        The weights stay as they are if either is not finite. On CUDA the run stops one step later,
+        when the answer has long arrived, so that nothing waits for the device.
         """
         config = self.config
         rate = learning_rate(self.step, config)
@@ -310,9 +312,9 @@ class Trainer:
 
     def ask_finite(self, finite):
         """Send for the answer without waiting for it; on a CPU it is there at once."""
-        self.finite = finite.to("cpu", non_blocking=True)
-        self.arrival = None
-        if self.device.type == "cuda":
+        on_cuda = self.device.type == "cuda"
+        self.finite, self.arrival = finite.to("cpu", non_blocking=on_cuda), None
+        if on_cuda:
             self.arrival = torch.cuda.Event()
             self.arrival.record()
         else:
@@ -378,9 +380,6 @@ class Trainer:
         """All that resuming needs; see checkpoint.KEYS. Every process must call it, to put together
         what fsdp has spread over them; the first has it then.
         """
-        generators = {"torch": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "format": checkpoint.FORMAT,
             "step": self.step,
@@ -388,7 +387,7 @@ class Trainer:
             "model": self.weights(),
             "optimizer": optimizer_state(self.optimizer, self.raw_model),
             "scaler": self.scaler.state_dict(),
-            "rng": generators,
+            "rng": {"torch": torch.get_rng_state()},
             "config": settings.to_dict(self.given),
             "tokenizer": self.tokenizer.to_dict(),
             "data_hash": self.dataset.hash,
@@ -398,13 +397,12 @@ class Trainer:
     def weights(self) -> dict:
         """Every parameter by name; a tied one is the same tensor under both of its names."""
         named = list(self.raw_model.named_parameters(remove_duplicate=False))
-        tensors = {p: whole_in_first(p.detach()) for p in dict(named).values()}
+        tensors = {p: whole_in_first(p.detach()) for p in self.raw_model.parameters()}
         return {name: tensors[p] for name, p in named}
 
     def load_state(self, state):
         """All but the weights, which were there before the optimizer was."""
-        memory = state["optimizer"]
-        load_optimizer_state(self.optimizer, self.raw_model, memory, tensor_from_first)
+        load_optimizer_state(self.optimizer, self.raw_model, state["optimizer"], tensor_from_first)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(tensor_from_first(state["rng"]["torch"]))
@@ -432,6 +430,7 @@ class Trainer:
 
     def save(self, *names):
         """Write the state under these names; the first process does."""
+        self.read_finite()  # a step that was not made shall not be saved as made
         folder, state = Path(self.config.checkpoint_dir), self.state()
         for name in names if rank() == 0 else ():
             if name == checkpoint.LATEST:
@@ -495,7 +494,7 @@ class Trainer:
         config, train_tokens = self.config, len(self.dataset.train)
         compiled = ", compiled" if self.model is not self.raw_model else ""
         shared = f", {world_size()} processes ({config.parallel})" if world_size() > 1 else ""
-        sequences = config.batch_size * config.gradient_accumulation_steps
+        sequences = self.tokens_per_step // config.block_size
         epochs = config.max_iters * self.tokens_per_step / train_tokens
         log_row("device", f"{self.device} ({why}), {config.dtype}{compiled}{shared}")
         size = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels"
@@ -520,7 +519,7 @@ def compile_model(trainer):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways, none of which needs to end a run
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
     finally:
         trainer.raw_model.zero_grad(set_to_none=True)
     reasons = [reason for reason in gather_from_processes([reason]) if reason is not None]

@@ -349,10 +349,17 @@ class RunLog:
         self.writer.file_writer.add_summary(row)
 
     def tokens_per_second(self, step: int) -> float:
-        """Over the steps since the last line, what was done between them (evaluating) left out."""
+        """Over the steps since the last line; evaluating, logging and saving are left out."""
         speed = (step - self.since_step) * self.tokens_per_step / (time.perf_counter() - self.since)
         self.since_step = step
         return speed
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What is done here does not count for tokens_per_second."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
 
     def write(self, record: dict, sample: str | None = None):
         """Log one step; adds `seconds` since the first step, summed over resumes."""
@@ -389,21 +396,20 @@ class RunLog:
             self.bar.update(step - self.bar.n)
 
     def _show(self, record, left):
-        """The live line, or a plain one; of an evaluation always one that stays."""
-        step, loss = record["step"], f"loss {record['loss']:.4f}"
-        left = f"{human_time(left)} left"
+        """The live line, or a plain one; an evaluation's stays on a terminal too."""
+        step, loss = f"step {record['step']}/{self.total}: ", f"loss {record['loss']:.4f}"
         rate, speed = f"lr {record['lr']:.2e}", f"{record['tokens_per_second']:,.0f} tok/s"
         mfu = [] if record["mfu"] is None else [f"mfu {record['mfu']:.0%}"]
-        if self.bar is not None:
-            self.bar.set_description_str(", ".join([left, loss, rate, speed]))  # 79 columns
-        parts = [loss, rate, f"norm {record['grad_norm']:.2f}", speed, *mfu, left]
+        left = [] if record["step"] == self.total else [f"{human_time(left)} left"]
+        if self.bar is None:
+            norm = f"norm {record['grad_norm']:.2f}"
+            log(step + ", ".join([loss, rate, norm, speed, *mfu, *left]))
+        else:
+            self.bar.set_description_str(", ".join([*left, loss, rate, speed]))  # 79 columns
         if "val_loss" in record:
             val_loss = record["val_loss"]
-            parts = [loss, f"val loss {val_loss:.4f}, perplexity {perplexity(val_loss):.2f}", left]
-        if step == self.total:
-            parts.remove(left)
-        if self.bar is None or "val_loss" in record:
-            log(f"step {step}/{self.total}: {', '.join(parts)}")
+            parts = [f"val loss {val_loss:.4f}", f"perplexity {perplexity(val_loss):.2f}"]
+            log(step + ", ".join(parts if self.bar is None else [loss, *parts, *left]))
 
     def close(self):
         if self.bar is not None:

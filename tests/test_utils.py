@@ -187,7 +187,8 @@ def test_training_into_a_file_leaves_no_escape_codes_and_no_bars(here, capfd):
     err = capfd.readouterr().err
     assert "\033" not in err and "\r" not in err and "|" not in err
     steps = [line for line in err.splitlines() if line.startswith("step ")]
-    assert len(steps) == 6 and all(re.match(r"step \d/6: loss \d", line) for line in steps)
+    assert sum(re.match(r"step \d/6: loss \d", line) is not None for line in steps) == 6
+    assert [line for line in steps if "val loss" in line] == steps[3::4]  # after steps 3 and 6
     assert [line for line in err.splitlines() if len(line) > 79 and ".py" not in line] == []
 
 
