@@ -203,16 +203,24 @@ def test_compile_works_or_says_that_it_does_not(config, capfd):
     assert not any("_orig_mod" in name for name in saved(config)["model"])
 
 
-def test_training_goes_on_where_compile_is_not_possible(config, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (RuntimeError("no compiler found\nlong story"), "no compiler found"),
+        (AssertionError(), "AssertionError"),
+    ],
+    ids=["a text", "no text"],
+)
+def test_training_goes_on_where_compile_is_not_possible(config, monkeypatch, capfd, error, reason):
     def broken(model):
         def call(*arguments):
-            raise RuntimeError("no compiler found\nlong story")
+            raise error
 
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
     assert train(replace(config, max_iters=3, compile=True))["step"] == 3
-    lines = [line for line in capfd.readouterr().err.splitlines() if "no compiler found" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if reason in line]
     assert len(lines) == 1 and "goes on without it" in lines[0]
 
 
@@ -512,6 +520,15 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(config, monkeypatch):
     assert error.value.exit_code == 5
     assert same(kept["after"], kept[6]) and not same(kept[6], kept[5])
     assert saved(config, "checkpoint.pt")["step"] == 6
+
+
+def test_a_step_that_was_not_made_is_not_saved_as_made(config):
+    """On CUDA the answer comes one step late; a save must not go before it."""
+    trainer = Trainer(config, training.TokenDataset(config.data_dir))
+    trainer.finite, trainer.arrival = torch.tensor(False), None
+    with pytest.raises(NonFiniteError):
+        trainer.save("checkpoint.pt")
+    assert not (Path(config.checkpoint_dir) / "checkpoint.pt").exists()
 
 
 def test_float16_skips_some_steps_but_not_without_end(config, monkeypatch):
