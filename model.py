@@ -270,11 +270,57 @@ class GPT2(nn.Module):
 
 
 def cross_entropy(logits, targets):
-    """Mean cross-entropy in nats, in at least float32; targets of -1 do not count."""
-    logits = logits.flatten(0, 1)  # (B * T, V)
+    """Mean cross-entropy in nats, in at least float32; targets of -1 do not count.
+
+    logits (B, T, V), targets int64 (B, T). Many logits go through CrossEntropy, but for a compiled
+    model, whose kernels need no help.
+    """
+    logits, targets = logits.flatten(0, 1), targets.flatten()  # (B * T, V), (B * T,)
+    if logits.numel() > logits_at_once(logits.device.type) and not torch.compiler.is_compiling():
+        return CrossEntropy.apply(logits, targets)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+    return F.cross_entropy(logits, targets, ignore_index=-1)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The same, some rows at a time: beside the logits there is only their gradient, in their own
+    dtype, where the whole table at once would take three more, two of them in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        wide, rows = torch.promote_types(logits.dtype, torch.float32), rows_at_once(logits)
+        ctx.save_for_backward(logits, targets)
+        losses = [
+            F.cross_entropy(part.to(wide), target, ignore_index=-1, reduction="sum")
+            for part, target in zip(logits.split(rows), targets.split(rows), strict=True)
+        ]
+        return torch.stack(losses).sum() / (targets != -1).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """A logit's derivative: its probability, less 1 for the target's."""
+        logits, targets = ctx.saved_tensors
+        counts, words = targets != -1, targets.clamp(min=0)[:, None]  # (N,), (N, 1), N = B * T
+        scales = (grad / counts.sum()).where(counts, 0)[:, None]  # (N, 1)
+        out, rows = torch.empty_like(logits), rows_at_once(logits)
+        tables = (out, logits, words, scales)
+        for out_part, part, word, scale in zip(*(t.split(rows) for t in tables), strict=True):
+            slopes = part.softmax(1, dtype=grad.dtype)
+            slopes.scatter_(1, word, slopes.gather(1, word) - 1)
+            out_part.copy_(slopes.mul_(scale))
+        return out, None
+
+
+def rows_at_once(logits):
+    return max(1, logits_at_once(logits.device.type) // logits.shape[1])
+
+
+def logits_at_once(device_type: str) -> int:
+    """A CPU's cache holds so many in float32; a GPU would rather have fewer and larger kernels."""
+    return 2**20 if device_type == "cpu" else 2**24
 
 
 # ---------------------------------------------------------------- the cache

@@ -275,7 +275,7 @@ class Trainer:
         number = self.sampler.global_micro_step(micro_step)
         torch.manual_seed(derived_seed(self.config.seed, self.step, number))
         with autocast(self.device, self.config.dtype):
-            _, loss = self.synced(x, y)
+            loss = self.synced(x, y)[1]  # without a name the logits go when they are not needed
         loss = loss / self.micro_steps
         self.scaler.scale(loss).backward()
         return loss.detach()

@@ -115,6 +115,27 @@ def test_targets_of_minus_one_do_not_count():
     assert loss.item() == pytest.approx(by_hand.item(), abs=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 70, 2**40])
+def test_the_loss_in_parts_is_the_loss_at_once(at_once, dtype, monkeypatch):
+    """PyTorch's own formula in float64 is the judge, for the gradients too."""
+    monkeypatch.setattr(model_file, "logits_at_once", lambda device_type: at_once)
+    logits, targets = (3 * torch.randn(3, 5, 33)).to(dtype), torch.randint(30, (3, 5))
+    targets[0], targets[2, 1] = -1, 29
+    exact = logits.double()[..., :30].requires_grad_()
+    expected = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    (1.7 * expected).backward()
+    part = logits[..., :30].detach().requires_grad_()  # not contiguous, as with a padded head
+    loss = model_file.cross_entropy(part, targets)
+    (1.7 * loss).backward()
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    close = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    assert loss.item() == pytest.approx(expected.item(), rel=min(close, 1e-6))
+    torch.testing.assert_close(part.grad.double(), exact.grad, rtol=close, atol=close / 100)
+    targets[:] = -1
+    assert model_file.cross_entropy(part, targets).isnan()  # as in PyTorch's
+
+
 def turned(x):
     """RoPE pair by pair, as complex numbers (Su 2021): x (T, D)."""
     T, D = x.shape
