@@ -48,7 +48,7 @@ from config import (
 )
 from data import TokenDataset, validation_starts, windows_at
 from generate import Sampling, decoder, generate_ids, new_cache
-from model import GPT2, MOST_SCORES
+from model import GPT2, MOST_SCORES, logits_at_once
 from optim import AT_ONCE, learning_rate, make_optimizer, optimizer_state
 from utils import (
     PEAK_FLOPS,
@@ -559,7 +559,7 @@ GPUS = {
     "cpu": (None, None),
 }
 MFU = 0.3  # from published runs, see docs/scaling.md
-HOLES = 0.4  # on a CPU, of the memory that comes and goes in a step: measured, see docs/scaling.md
+HOLES = 0.38  # on a CPU, of the memory that comes and goes in a step: measured, see docs/scaling.md
 
 
 def plan_main(argv) -> int:
@@ -712,33 +712,37 @@ def memory_moments(config, model, processes, on_cpu=False) -> dict[str, dict[str
     buckets = w * N * (processes > 1 and not sharded)  # DDP's, in which the gradients lie
     before = buckets or w * N * (config.gradient_accumulation_steps > processes)
     after = before or w * N * share
+    cast = h < w and not sharded  # by autocast
     waits = E * (h if sharded else w)  # wte's gradient by the output layer, for the embedding's
-    copies = h * (N - L * K + 2 * K) if sharded else h * (M + E) * (h < w)
+    copies = h * (N - L * K + 2 * K) if sharded else h * (M + E) * cast
     block = block_activations(config, w, h, sharded, on_cpu)
     inputs = L * B * T * C * (h if sharded else w)
     kept = end_activations(config, w, h, on_cpu) + (inputs if again else L * block)
     flow = B * T * C * (w + 5 * h)
-    numbers, f = B * T * V, max(4, h)
+    numbers = B * T * V
+    table = h * E + max(h * numbers, cast * w * E)  # while wte's gradient is made of the logits'
+    some = 2 * max(4, h) * min(numbers, logits_at_once("cpu" if on_cpu else "cuda"))
     saved = h * E if again and not sharded else copies
 
     columns = ("gradients", "weights in use", "activations", "logits and loss")
     moments = {
-        "forward": (before, copies, kept, numbers * (h + 2 * f)),
-        "loss": (before, saved, kept, numbers * (h + 3 * f)),
-        "last block": (before + waits, saved, kept + block * again + flow, numbers * h),
-        "embedding": (after + waits * (2 if before else 1), saved / L, block + flow, numbers * h),
+        "forward": (before, copies, kept, numbers * h + some),
+        "loss": (before, saved, kept, numbers * 2 * h + some),
+        "output layer": (before, saved, kept + B * T * C * h, table),
+        "last block": (before + waits, saved, kept + block * again + flow, 0),
+        "embedding": (after + waits * (2 if before else 1), saved / L, block + flow, 0),
         "update": (after, 0, 0, 0),
     }
     always = {"weights": w * N * share, "optimizer": optimizer * share}
     moments = {name: always | dict(zip(columns, row, strict=True)) for name, row in moments.items()}
     if config.optimizer == "muon":
         half = 2 if config.dtype == "bfloat16" else w
-        some = max(4 * C * C, min(AT_ONCE, M // 3))  # a third: as many are of one shape
-        moments["update"]["orthogonalizing"] = M * w + some * (w + 4 * half)
+        at_once = max(4 * C * C, min(AT_ONCE, M // 3))  # a third: as many are of one shape
+        moments["update"]["orthogonalizing"] = M * w + at_once * (w + 4 * half)
     if on_cpu and not (sharded or again):  # see utils.set_up_device
-        for rows in moments.values():
-            passing = sum(rows.values()) - sum(always.values()) - rows["gradients"]
-            rows["holes"] = HOLES * passing
+        passing = {m: sum(r.values()) - sum(always.values()) - before for m, r in moments.items()}
+        holes = HOLES * (passing.pop("update") + max(passing.values()))
+        moments = {moment: rows | {"holes": holes} for moment, rows in moments.items()}
     saving = always | {"gradients": buckets}
     if sharded:  # tensor by tensor; on a CPU the first process has them all in the end
         saving["put together"] = w * E + (w * N + optimizer) * on_cpu

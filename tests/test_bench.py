@@ -143,6 +143,7 @@ def test_the_largest_batch_that_plan_names_fits_and_the_next_does_not(capsys):
         {"position": "rope", "block_size": 1000},
         {"position": "alibi", "block_size": 1000},
         {"dropout": 0.1},
+        {"vocab_size": 8000},
     ],
     ids=str,
 )
@@ -152,12 +153,14 @@ def test_plan_knows_what_a_block_keeps_for_its_backward_pass(dtype, plain, chang
         monkeypatch.setattr(module, "MOST_SCORES", plain)
     config = GPT2Config(vocab_size=50, block_size=100, n_head=2, n_embd=64, dtype=dtype)
     config = replace(config, batch_size=3, **change)
+    numbers = 3 * config.block_size * config.vocab_size
     kept = [bytes_kept(replace(config, n_layer=layers)) for layers in (1, 2)]
     w, h = bench.widths(config)
     block = bench.block_activations(config, w, h, sharded=False, on_cpu=True)
     assert kept[1] - kept[0] == pytest.approx(block, rel=0.01)
-    ends = bench.end_activations(config, w, h, on_cpu=True) + 4 * 3 * config.block_size * 50
-    assert kept[0] - block == pytest.approx(ends, rel=0.15)  # 4 * B * T * V: probabilities
+    ends = bench.end_activations(config, w, h, on_cpu=True)
+    ends += numbers * (h if numbers > 2**20 else 4)  # many: the logits, few: their probabilities
+    assert kept[0] - block == pytest.approx(ends, rel=0.15)
 
 
 def bytes_kept(config):
@@ -213,21 +216,23 @@ TWICE, FOUR_TIMES = {"gradient_accumulation_steps": 2}, {"gradient_accumulation_
         (2, 64, SHAPE | BF16 | TWICE | MUON),
         (2, 8000, SMALL | FLOAT32 | TWICE),
         (2, 50257, NARROW | BF16 | FOUR_TIMES),
+        (2, 50257, SMALL | BF16 | TWICE | {"batch_size": 2, "block_size": 128}),
         (2, 64, SHAPE | BF16 | FOUR_TIMES | FSDP),
         (2, 64, SHAPE | BF16 | TWICE | MUON | FSDP),
-        (2, 8000, SMALL | BF16 | FOUR_TIMES | FSDP),
+        (2, 8000, SMALL | BF16 | FOUR_TIMES | FSDP | {"batch_size": 8}),
         (2, 50257, NARROW | FLOAT32 | TWICE | FSDP | {"batch_size": 1, "block_size": 64}),
     ],
     ids=str,
 )
 def test_plan_predicts_the_peak_memory_of_a_real_run(tmp_path, processes, vocabulary, change):
+    gives_back = "parallel" in change or "activation_checkpointing" in change
     config = replace(
         GPT2Config(vocab_size=vocabulary, gradient_accumulation_steps=1, preset="none"),
         **change,
         data_dir=many_characters(tmp_path, vocabulary),
         checkpoint_dir=str(tmp_path / "checkpoints"),
         log_dir=str(tmp_path / "runs"),
-        max_iters=3,
+        max_iters=3 if gives_back else 12,  # a heap with holes grows for some steps
         eval_iters=1,
         device="cpu",
     )
