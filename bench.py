@@ -807,13 +807,14 @@ def plan_table(report) -> str:
 
 def plan_summary(report) -> str:
     options, config = report["options"], report["options"]["config"]
+    processes = "1 process" if options["gpus"] == 1 else f"{options['gpus']} processes"
     rounds = config["gradient_accumulation_steps"] // options["gpus"]
     lines = [
         f"{report['parameters']:,} parameters, {options['gpus']} x {options['gpu']}, "
         f"{config['dtype']}, {config['optimizer']}",
         f"{report['steps']:,} steps of {report['tokens_per_step']:,} tokens, {report['tokens']:,} "
         "in all",
-        f"a step: {options['gpus']} processes, {rounds} times {config['batch_size']} sequences of "
+        f"a step: {processes}, {rounds} times {config['batch_size']} sequences of "
         f"{config['block_size']} each (--batch_size {config['batch_size']} "
         f"--gradient_accumulation_steps {config['gradient_accumulation_steps']})",
     ]
@@ -824,7 +825,7 @@ def plan_summary(report) -> str:
             "(--mfu)"
         )
     if options["gpu"] == "cpu":
-        lines.append("a process has more: Python and PyTorch")
+        lines.append("on top: Python and PyTorch, about 0.23 GB")
     return "\n".join(lines)
 
 
