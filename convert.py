@@ -239,6 +239,13 @@ def check_loss(model, tokenizer) -> float | None:
     return loss
 
 
+def say_next(checkpoint=None, device=None, dtype=None):
+    """Say the command that lets a person try a model, given what load_model was given."""
+    flags = {"--checkpoint": checkpoint, "--device": device, "--dtype": dtype}
+    given = [word for flag in flags.items() if flag[1] is not None for word in flag]
+    log_next(command_for("generate.py", *given, "--interactive"))
+
+
 def new_state(config, tensors, tokenizer) -> dict:
     """The checkpoint of a model that nothing but its weights is known of."""
     state = {"format": checkpoint.FORMAT, "step": 0, "best_val_loss": None, "model": tensors}
@@ -255,22 +262,18 @@ def tensors_of(found: dict, config: GPT2Config, name: str, transposed: bool) -> 
     """
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in GPT2(config).state_dict().items()}
-    del shapes[HEAD]
     found = {key: t for key, t in found.items() if not key.endswith(BUFFERS)}
-    head = found.pop(HEAD, None)
+    if EMBEDDING in found:
+        found.setdefault(HEAD, found[EMBEDDING])  # tied, so that files may leave it out
     lines = [f"no tensor {key}" for key in shapes if key not in found]
     lines += [f"{key} is no part of a GPT-2" for key in found if key not in shapes]
     tensors = {}
     for key in (key for key in shapes if key in found):
-        flip = transposed and TENSORS[re.sub(r"\.\d+\.", ".*.", key)]
+        flip = transposed and TENSORS.get(re.sub(r"\.\d+\.", ".*.", key), False)
         shape = tuple(shapes[key])[:: -1 if flip else 1]  # in the file
         lines += _tensor_problems(key, found[key], shape)
         tensors[key] = found[key].t().contiguous() if flip and not lines else found[key]
-    if (
-        not lines
-        and head is not None
-        and not torch.equal(head.to(tensors[EMBEDDING]), tensors[EMBEDDING])
-    ):
+    if not lines and not torch.equal(tensors[HEAD].to(tensors[EMBEDDING]), tensors[EMBEDDING]):
         lines.append(f"{HEAD} differs from {EMBEDDING}: the head is not tied")
     if lines:
         raise ValueError("\n".join(f"{name}: {line}" for line in _few(lines)))
@@ -313,7 +316,8 @@ def config_from_hf(fields: dict, name: str) -> GPT2Config:
     """Our config from theirs; ValueError with a line for everything that GPT-2 here cannot be."""
     shipped = GPT2_CONFIGS["gpt2"]  # their defaults for the sizes are these too
     sizes = {ours: fields.get(theirs, shipped[ours]) for ours, theirs in SIZES.items()}
-    activation, inner = fields.get("activation_function", "gelu_new"), fields.get("n_inner")
+    activation, width = fields.get("activation_function", "gelu_new"), sizes["n_embd"]
+    inner = fields.get("n_inner")
     lines = [
         f"{key} {fields[key]!r}, only {value!r} can be converted"
         for key, value in ALIKE.items()
@@ -321,7 +325,7 @@ def config_from_hf(fields: dict, name: str) -> GPT2Config:
     ]
     if str(activation) not in GELU:
         lines.append(f"activation_function {activation!r}, only {', '.join(GELU)} can be converted")
-    if inner is not None and str(inner) != str(4 * (sizes["n_embd"] or 0)):
+    if inner is not None and not (type(width) is int and inner == 4 * width):
         lines.append(f"n_inner {inner!r}, only 4 x n_embd can be converted")
     gelu = GELU.get(str(activation), "tanh")
     config = GPT2Config(**sizes, bias=True, position="learned", gelu=gelu)
@@ -334,7 +338,7 @@ def config_from_hf(fields: dict, name: str) -> GPT2Config:
 def _read_json(path):
     try:
         fields = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: must hold one JSON object")
@@ -436,6 +440,8 @@ def to_hf(spec, folder):
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not empty; choose another name")
+    if folder.resolve() == Path.cwd():
+        raise ValueError(f"{folder} is the current folder; choose another name")
     state, name = load_state(spec)
     config = checkpoint.model_config(state)
     tokenizer = _tokenizer(state, config, name)
@@ -449,7 +455,7 @@ def to_hf(spec, folder):
     _write_folder(folder, tensors_to_hf(model.state_dict(), config), files)
     log_row("wrote", f"{folder}: {', '.join(['model.safetensors', *files])}", "green")
     if tokenizer is not None:
-        log_next(command_for("generate.py", "--checkpoint", folder, "--interactive"))
+        say_next(folder)
 
 
 def config_to_hf(config: GPT2Config, tokenizer, dtype) -> dict:
@@ -631,6 +637,7 @@ def _guess(found, settings, vocab_size):
         return GPT2Tokenizer(tokens)
     eot = settings.get("eos_token", END_OF_TEXT)
     eot = eot.get("content") if isinstance(eot, dict) else eot
+    eot = eot if isinstance(eot, str) else None
     return BPETokenizer.from_dict({"tokens": spelt, "special": special, "eot": eot})
 
 
@@ -719,7 +726,7 @@ def main(argv=None) -> int:
     checkpoint.save(options.target, state)
     log_row("wrote", str(options.target), "green")
     if tokenizer is not None:
-        log_next(command_for("generate.py", "--checkpoint", options.target, "--interactive"))
+        say_next(options.target)
     return 0
 
 
