@@ -22,16 +22,14 @@ import torch
 import torch.nn as nn
 
 from config import DTYPES
-from convert import load_model
+from convert import load_model, say_next
 from model import KVCache, context_limit, context_start
 from tokenizer import StreamDecoder
 from utils import (
     ArgumentParser,
-    command_for,
     derived_seed,
     laid_out,
     log,
-    log_next,
     log_row,
     run,
     styled,
@@ -116,7 +114,7 @@ def explain(sampling: Sampling) -> str:
 
 
 def _shown(value):
-    return "none" if value is None else str(value)
+    return "none" if value is None else repr(value) if isinstance(value, str) else str(value)
 
 
 # ---------------------------------------------------------------- choosing a token
@@ -147,7 +145,7 @@ def probabilities(values, temperature=1.0, top_p=None):
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     values = values - values[:, :1]  # the largest is 0, so that no temperature overflows
     p = torch.softmax(values / temperature, dim=-1)  # (B, K)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # for 1 rounding would leave out the last ones
         before = p.cumsum(dim=-1) - p  # probability of all that is more likely
         p = torch.where(before < top_p, p, 0)
     return p
@@ -156,7 +154,7 @@ def probabilities(values, temperature=1.0, top_p=None):
 def draw(p, uniform):
     """The column (B,) at which the running sum of p (B, K) passes uniform (B,) of its total.
 
-    One number decides, and the most likely come first: CPU and GPU choose alike.
+    One number decides, and the most likely come first: where none tie, CPU and GPU choose alike.
     """
     passed = p.cumsum(dim=-1)  # (B, K)
     target = uniform[:, None].to(p.dtype) * passed[:, -1:]  # (B, 1)
@@ -253,7 +251,7 @@ class GraphedDecoder:
                     self.cache.truncate(lengths)
             torch.cuda.current_stream().wait_stream(aside)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=aside):  # its own may be on another device
                 self.logits = self.decode(self.new)
         self.cache.truncate(lengths)
 
@@ -302,8 +300,8 @@ def fast_linears(packed, rows, device):
         yield
     finally:
         torch.backends.mkldnn.enabled = was_enabled
-        for layer in packed:
-            del layer.__dict__["forward"]
+        for layer in packed:  # Ctrl-C may have come before all were set
+            layer.__dict__.pop("forward", None)
 
 
 def new_cache(model, rows):
@@ -464,10 +462,12 @@ def write_texts(path, texts) -> list[str]:
         raise ValueError(f"--output {path}: there is something else than a file")
     aside, written = path.with_name(f".{path.name}.tmp"), []
     try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+        with open(aside, "w", encoding="utf-8", errors="replace", newline="\n") as file:
             for text in texts:
                 file.write(f"{SEPARATOR if written else ''}{text}\n")
                 written.append(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
         error.exit_code = 4
@@ -528,15 +528,13 @@ def interact(model, tokenizer, sampling) -> int:
     """Continue every line of stdin until its end; Ctrl-C ends a text, between texts it leaves."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (input() then edits the line and knows the earlier ones)
-    answered = 0
     while (line := read_line()) is not None and line.strip() != "/quit":
         try:
             if line.startswith("/"):
                 sampling = command(line, sampling)
             else:
-                seeded = replace(sampling, seed=sampling.seed + answered)
-                answered += 1
-                show_texts(model, tokenizer, [line], seeded)
+                this, sampling = sampling, replace(sampling, seed=sampling.seed + 1)
+                show_texts(model, tokenizer, [line], this)
         except ValueError as error:
             print(laid_out(str(error), "error: ", "red"), file=sys.stderr, flush=True)
         except KeyboardInterrupt:
@@ -546,6 +544,8 @@ def interact(model, tokenizer, sampling) -> int:
 
 def read_line() -> str | None:
     """The next line of input, None at its end. A prompt is shown to a person only."""
+    if sys.stdin is None:  # closed by who started this
+        return None
     person = sys.stdin.isatty()
     if person:
         log()
@@ -588,6 +588,14 @@ def main(argv=None) -> int:
     for stream in (sys.stdin, sys.stdout):  # whatever the system's own encoding may be
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        return answer(options, sampling)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(OUT_OF_MEMORY) from error
+
+
+def answer(options, sampling) -> int:
+    """Do what the command line asks for."""
     prompts = read_prompts(options)
     model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
     log_row("sampling", describe(sampling))
@@ -598,8 +606,7 @@ def main(argv=None) -> int:
         write_texts(options.output, generate_texts(model, tokenizer, prompts, sampling))
         return 0
     show_texts(model, tokenizer, prompts, sampling)
-    which = [] if options.checkpoint is None else ["--checkpoint", options.checkpoint]
-    log_next(command_for("generate.py", *which, "--interactive"))
+    say_next(options.checkpoint, options.device, options.dtype)
     return 0
 
 
@@ -637,6 +644,9 @@ USAGE = "generate.py --prompt TEXT | --interactive | --prompts_file FILE [flags]
 CHECKPOINT = (
     "a checkpoint, a Hugging Face folder, or a name on the hub: gpt2-xl, org/name (default: "
     "the best of ./checkpoints)"
+)
+OUT_OF_MEMORY = (
+    "out of GPU memory: fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
 )
 DEVICE = "cuda, cuda:1, mps or cpu (default: the best there is)"
 
