@@ -22,18 +22,16 @@ import torch
 import torch.nn.functional as F
 
 from config import DTYPES, dtype_name
-from convert import load_model
+from convert import load_model, say_next
 from data import TokenDataset, validation_starts, windows_at
 from utils import (
     ArgumentParser,
     autocast,
-    command_for,
     download,
     from_first,
     gather_from_processes,
     laid_out,
     live_line,
-    log_next,
     log_row,
     perplexity,
     pick_device,
@@ -289,14 +287,26 @@ def measure_text(path) -> tuple[int, int]:
 
 def encoded_pieces(path, tokenizer):
     """The ids of a text file, piece by piece; the same as those of the whole text at once."""
+    done = 0
+    for piece in text_pieces(path, tokenizer):
+        try:
+            ids = tokenizer.encode(piece)
+        except ValueError as error:
+            raise ValueError(f"{path}, from character {done:,} on: {error}") from None
+        yield ids
+        done += len(piece)
+
+
+def text_pieces(path, tokenizer):
+    """A text file in pieces that can be encoded apart."""
     held = ""
     with open(path, encoding="utf-8-sig", newline="") as file:
         while chunk := file.read(CHUNK):
             held += chunk
             cut = tokenizer.safe_cut(held) or len(held)
-            yield tokenizer.encode(held[:cut])
+            yield held[:cut]
             held = held[cut:]
-    yield tokenizer.encode(held)
+    yield held
 
 
 def text_windows(pieces, context, stride):
@@ -451,6 +461,9 @@ def downloaded(task) -> Path:
             raise ValueError(
                 f"{address}: {problem}; get the file some other way and name it with --file"
             ) from None
+        except OSError as error:  # of writing: all that goes wrong before is a ValueError
+            error.exit_code = 4
+            raise
 
     from_first(lambda: path.exists() or fetch())
     return path
@@ -541,6 +554,7 @@ def check(options):
 
 def main(argv=None) -> int:
     options = parse(argv)
+    asked = options.device
     device, _ = pick_device(options.device)
     dtype = dtype_name(options.dtype or pick_dtype(device))
     half = dtype in ("bfloat16", "float16")  # as in training: float32 weights under autocast
@@ -548,11 +562,16 @@ def main(argv=None) -> int:
     with process_group(device):
         model, tokenizer = load_model(options.checkpoint, device, "float32" if half else dtype)
         for task in options.task:
-            result = TASKS[task](model, tokenizer, options)
+            try:
+                result = TASKS[task](model, tokenizer, options)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"--batch_size {options.batch_size}: out of GPU memory; take fewer rows at a "
+                    "time, or --device cpu"
+                ) from error
             if rank() == 0:
                 print(one_line(result) if options.json else table(result), flush=True)
-    which = [] if options.checkpoint is None else ["--checkpoint", options.checkpoint]
-    log_next(command_for("generate.py", *which, "--interactive"))
+    say_next(options.checkpoint, asked, options.dtype)
     return 0
 
 
