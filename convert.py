@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,26 +42,9 @@ from utils import (
     warn,
 )
 
-# A tensor has the same name here and in Hugging Face's files (h.*: once a block); True where theirs
-# is the transpose of ours, because their Conv1D multiplies from the other side.
-TENSORS = {
-    "transformer.wte.weight": False,
-    "transformer.wpe.weight": False,
-    "transformer.h.*.ln_1.weight": False,
-    "transformer.h.*.ln_1.bias": False,
-    "transformer.h.*.attn.c_attn.weight": True,
-    "transformer.h.*.attn.c_attn.bias": False,
-    "transformer.h.*.attn.c_proj.weight": True,
-    "transformer.h.*.attn.c_proj.bias": False,
-    "transformer.h.*.ln_2.weight": False,
-    "transformer.h.*.ln_2.bias": False,
-    "transformer.h.*.mlp.c_fc.weight": True,
-    "transformer.h.*.mlp.c_fc.bias": False,
-    "transformer.h.*.mlp.c_proj.weight": True,
-    "transformer.h.*.mlp.c_proj.bias": False,
-    "transformer.ln_f.weight": False,
-    "transformer.ln_f.bias": False,
-}
+# A tensor has the same name here and in Hugging Face's files. Where it ends so, theirs is the
+# transpose of ours, because their Conv1D multiplies from the other side.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"  # tied
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older files hold: no weights
 SIZES = {  # ours: theirs
@@ -260,8 +244,7 @@ def tensors_of(found: dict, config: GPT2Config, name: str, transposed: bool) -> 
     transposed: laid out as Hugging Face does. Raises ValueError with a line for everything that
     does not fit: names, shapes, numbers that are not finite, a head that is not the embedding.
     """
-    with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in GPT2(config).state_dict().items()}
+    shapes = shapes_of(config)
     found = {key: t for key, t in found.items() if not key.endswith(BUFFERS)}
     if EMBEDDING in found:
         found.setdefault(HEAD, found[EMBEDDING])  # tied, so that files may leave it out
@@ -269,15 +252,20 @@ def tensors_of(found: dict, config: GPT2Config, name: str, transposed: bool) -> 
     lines += [f"{key} is no part of a GPT-2" for key in found if key not in shapes]
     tensors = {}
     for key in (key for key in shapes if key in found):
-        flip = transposed and TENSORS.get(re.sub(r"\.\d+\.", ".*.", key), False)
-        shape = tuple(shapes[key])[:: -1 if flip else 1]  # in the file
-        lines += _tensor_problems(key, found[key], shape)
+        flip = transposed and key.endswith(TRANSPOSED)
+        lines += _tensor_problems(key, found[key], shapes[key][:: -1 if flip else 1])
         tensors[key] = found[key].t().contiguous() if flip and not lines else found[key]
     if not lines and not torch.equal(tensors[HEAD].to(tensors[EMBEDDING]), tensors[EMBEDDING]):
         lines.append(f"{HEAD} differs from {EMBEDDING}: the head is not tied")
     if lines:
         raise ValueError("\n".join(f"{name}: {line}" for line in _few(lines)))
     return tensors | {HEAD: tensors[EMBEDDING]}
+
+
+def shapes_of(config: GPT2Config) -> dict[str, tuple]:
+    """The names of a model's tensors, each with its shape."""
+    with torch.device("meta"):
+        return {key: tuple(tensor.shape) for key, tensor in GPT2(config).state_dict().items()}
 
 
 def _tensor_problems(key, tensor, shape):
@@ -475,15 +463,11 @@ def config_to_hf(config: GPT2Config, tokenizer, dtype) -> dict:
 
 def tensors_to_hf(tensors: dict, config: GPT2Config) -> dict:
     """Our tensors under transformers' names and in their layout; a missing bias is one of zeros."""
-    found = {}
-    for pattern, flip in TENSORS.items():
-        for layer in range(config.n_layer if "*" in pattern else 1):
-            key = pattern.replace("*", str(layer))
-            if key not in tensors and key.endswith("bias"):
-                width = tensors[key.removesuffix("bias") + "weight"].shape[0]
-                found[key] = torch.zeros(width, dtype=tensors[EMBEDDING].dtype)
-            else:
-                found[key] = tensors[key].t().contiguous() if flip else tensors[key]
+    dtype, found = tensors[EMBEDDING].dtype, {}
+    for key, shape in shapes_of(replace(config, bias=True)).items():
+        tensor = tensors[key] if key in tensors else torch.zeros(shape, dtype=dtype)
+        found[key] = tensor.t().contiguous() if key.endswith(TRANSPOSED) else tensor
+    del found[HEAD]  # tied
     return found
 
 
