@@ -223,6 +223,14 @@ def check_loss(model, tokenizer) -> float | None:
     return loss
 
 
+def add_model_flags(parser):
+    """--checkpoint, --device and --dtype: what load_model and say_next take."""
+    add = parser.add_argument_group("which model").add_argument
+    add("--checkpoint", metavar="MODEL", help=CHECKPOINT)
+    add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: the best there is)")
+
+
 def say_next(checkpoint=None, device=None, dtype=None):
     """Say the command that lets a person try a model, given what load_model was given."""
     flags = {"--checkpoint": checkpoint, "--device": device, "--dtype": dtype}
@@ -735,6 +743,10 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+CHECKPOINT = (
+    "a checkpoint, a Hugging Face folder, or a name on the hub: gpt2-xl, org/name (default: "
+    "the best of ./checkpoints)"
+)
 TOKENIZER = "the tokenizer.json of the data set (default: GPT-2's, if the vocabulary has its size)"
 GELU_FORM = "tanh: trained before May 2023 (default: exact)"
 

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from config import DTYPES, dtype_name
-from convert import load_model, say_next
+from config import dtype_name
+from convert import add_model_flags, load_model, say_next
 from data import TokenDataset, validation_starts, windows_at
 from utils import (
     ArgumentParser,
@@ -498,9 +498,9 @@ def one_line(result: dict) -> str:
 
 def parse(argv):
     parser = ArgumentParser(__doc__, prog="evaluate.py", usage=USAGE)
+    add_model_flags(parser)
     add = parser.add_argument_group("what to measure").add_argument
     add("--task", nargs="+", choices=TASKS, default=["val"], metavar="TASK", help=TASK)
-    add("--checkpoint", metavar="MODEL", help=CHECKPOINT)
     add("--file", metavar="FILE", help="a text, or examples (default: they are downloaded)")
     add = parser.add_argument_group("of --task val").add_argument
     add("--data_dir", metavar="DIR", help="data set (default: what the model was trained on)")
@@ -509,10 +509,8 @@ def parse(argv):
     add = parser.add_argument_group("of --task perplexity").add_argument
     add("--context", type=int, metavar="N", help="tokens in a window (default: block_size)")
     add("--stride", type=int, metavar="N", help="its step (default: half a window)")
-    add = parser.add_argument_group("hardware and output").add_argument
+    add = parser.add_argument_group("speed and output").add_argument
     add("--batch_size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
-    add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the best there is)")
-    add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: the best there is)")
     add("--json", action="store_true", help="print one JSON object a line for each task")
     options = parser.parse_args(argv)
     options.task = list(dict.fromkeys(options.task))
@@ -522,10 +520,6 @@ def parse(argv):
 
 USAGE = "evaluate.py [--task TASK ...] [--checkpoint MODEL] [flags below]"
 TASK = f"one or more of {', '.join(TASKS)} (default: val)"
-CHECKPOINT = (
-    "a checkpoint, a Hugging Face folder, or a name on the hub: gpt2, org/name (default: the best "
-    "of ./checkpoints)"
-)
 
 
 def check(options):

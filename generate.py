@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from config import DTYPES
-from convert import load_model, say_next
+from convert import add_model_flags, load_model, say_next
 from model import KVCache, context_limit, context_start
 from tokenizer import StreamDecoder
 from utils import (
@@ -613,10 +612,7 @@ def answer(options, sampling) -> int:
 def parse(argv):
     """The options and how to sample; ValueError with a line for every problem at once."""
     parser = ArgumentParser(__doc__, prog="generate.py", usage=USAGE)
-    which = parser.add_argument_group("which model").add_argument
-    which("--checkpoint", metavar="MODEL", help=CHECKPOINT)
-    which("--device", metavar="NAME", help=DEVICE)
-    which("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: the best there is)")
+    add_model_flags(parser)
     group = parser.add_argument_group("what to continue, and where the text goes")
     what = group.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", default="", help="text to continue")
@@ -641,14 +637,9 @@ def parse(argv):
 
 
 USAGE = "generate.py --prompt TEXT | --interactive | --prompts_file FILE [flags]"
-CHECKPOINT = (
-    "a checkpoint, a Hugging Face folder, or a name on the hub: gpt2-xl, org/name (default: "
-    "the best of ./checkpoints)"
-)
 OUT_OF_MEMORY = (
     "out of GPU memory: fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
 )
-DEVICE = "cuda, cuda:1, mps or cpu (default: the best there is)"
 
 
 def read_prompts(options) -> list[str]:
