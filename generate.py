@@ -37,7 +37,7 @@ from utils import (
 )
 
 SEPARATOR = "---\n"  # between texts, where there are several
-CONTROLS = set(range(32)) - {ord("\n"), ord("\t")} | set(range(127, 160))
+CONTROLS = {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
 ESCAPES = {code: f"\\x{code:02x}" for code in CONTROLS}
 
 
@@ -481,19 +481,10 @@ def write_texts(path, texts) -> list[str]:
 # ---------------------------------------------------------------- the terminal
 
 
-def show(text: str):
+def show(text: str, style: str | None = None):
     """Text on stdout at once; what would steer a terminal is shown as \\x1b instead."""
-    if text:
-        print(_visible(text), end="", flush=True)
-
-
-def show_prompt(prompt: str):
-    """The prompt before its continuation: on a terminal it stands out."""
-    print(styled(_visible(prompt), "bold", sys.stdout), end="", flush=True)
-
-
-def _visible(text):
-    return text.translate(ESCAPES) if sys.stdout.isatty() else text
+    text = text.translate(ESCAPES) if sys.stdout.isatty() else text
+    print(styled(text, style, sys.stdout) if style else text, end="", flush=True)
 
 
 def show_texts(model, tokenizer, prompts, sampling):
@@ -503,12 +494,12 @@ def show_texts(model, tokenizer, prompts, sampling):
         for number, text in enumerate(generate_texts(model, tokenizer, prompts, sampling)):
             prompt = prompts[number // samples]
             show(SEPARATOR if number else "")
-            show_prompt(prompt)
+            show(prompt, "bold")
             show(f"{text[len(prompt) :]}\n")
         return
     for number, [piece] in enumerate(stream_text(model, tokenizer, prompts, sampling)):
         if number == 0:
-            show_prompt(prompts[0])
+            show(prompts[0], "bold")
         show(piece)
     show("\n")
 
