@@ -31,16 +31,7 @@ from checkpoint import CheckpointError
 from config import DTYPES, GPT2_CONFIGS, GPT2Config, dtype_name, problems, to_dict
 from model import GPT2
 from tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
-from utils import (
-    ArgumentParser,
-    command_for,
-    log_next,
-    log_row,
-    pick_device,
-    pick_dtype,
-    run,
-    warn,
-)
+from utils import ArgumentParser, command_for, log_next, log_row, pick_device, pick_dtype, run, warn
 
 # A tensor has the same name here and in Hugging Face's files. Where it ends so, theirs is the
 # transpose of ours, because their Conv1D multiplies from the other side.

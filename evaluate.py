@@ -546,6 +546,15 @@ def check(options):
         raise ValueError("\n".join(problems))
 
 
+def measure(task, model, tokenizer, options) -> dict:
+    """The result of a task."""
+    try:
+        return TASKS[task](model, tokenizer, options)
+    except torch.OutOfMemoryError as error:
+        size = f"--batch_size {options.batch_size}"
+        raise ValueError(f"{size}: out of GPU memory; take less, or --device cpu") from error
+
+
 def main(argv=None) -> int:
     options = parse(argv)
     asked = options.device
@@ -556,13 +565,7 @@ def main(argv=None) -> int:
     with process_group(device):
         model, tokenizer = load_model(options.checkpoint, device, "float32" if half else dtype)
         for task in options.task:
-            try:
-                result = TASKS[task](model, tokenizer, options)
-            except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    f"--batch_size {options.batch_size}: out of GPU memory; take fewer rows at a "
-                    "time, or --device cpu"
-                ) from error
+            result = measure(task, model, tokenizer, options)
             if rank() == 0:
                 print(one_line(result) if options.json else table(result), flush=True)
     say_next(options.checkpoint, asked, options.dtype)
