@@ -99,14 +99,13 @@ def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
         state, name = load_state(spec)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --checkpoint PATH names another") from error
-    config = checkpoint.model_config(state)
-    tokenizer = _tokenizer(state, config, name)
+    model, tokenizer = build(state, name)
     if tokenizer is None and need_tokenizer:
         raise ValueError(
             f"{name} has no tokenizer, so that it can neither read nor write text; "
             "`convert.py from_nanogpt --tokenizer FILE` gives a model of nanoGPT one"
         )
-    model = build(state, config).to(device, getattr(torch, dtype)).eval()
+    model = model.to(device, getattr(torch, dtype)).eval()
     facts = f"{_facts(model, tokenizer)}, {dtype} on {device}"
     log_row("model", f"{name}{_history(state)}\n{facts}")
     if not Path(name).is_file():
@@ -143,13 +142,15 @@ def find_default() -> Path:
     raise CheckpointError(f"no checkpoint in {folder}: `python train.py` makes one")
 
 
-def build(state: dict, config: GPT2Config) -> GPT2:
-    """The model of a state, on whose weights it stands: none are drawn, none are copied."""
+def build(state: dict, name: str):
+    """The model of a state, on whose weights it stands: none are drawn, none are copied. And its
+    tokenizer, None without one. `name` is what messages call it.
+    """
     with torch.device("meta"):
-        model = GPT2(config)
+        model = GPT2(checkpoint.model_config(state))
     checkpoint.load_weights(model, state, assign=True)
     model.lm_head.weight = model.transformer.wte.weight  # assigning has untied them
-    return model
+    return model, _tokenizer(state, model.config.vocab_size, name)
 
 
 def _checked_dtype(dtype, device):
@@ -162,7 +163,7 @@ def _checked_dtype(dtype, device):
     return name
 
 
-def _tokenizer(state, config, name):
+def _tokenizer(state, vocab_size, name):
     """The state's tokenizer, None without one; one that does not fit makes the file unusable."""
     if state["tokenizer"] == {}:
         return None
@@ -170,10 +171,9 @@ def _tokenizer(state, config, name):
         tokenizer = load_tokenizer(state["tokenizer"])
     except ValueError as error:
         raise CheckpointError(f"{name}: its tokenizer cannot be used ({error})") from error
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size != vocab_size:
         raise CheckpointError(
-            f"{name}: its tokenizer has {tokenizer.vocab_size:,} tokens, "
-            f"its model {config.vocab_size:,}"
+            f"{name}: its tokenizer has {tokenizer.vocab_size:,} tokens, its model {vocab_size:,}"
         )
     return tokenizer
 
@@ -429,17 +429,15 @@ def to_hf(spec, folder):
         raise ValueError(f"{folder} is there already and not empty; choose another name")
     if folder.resolve() == Path.cwd():
         raise ValueError(f"{folder} is the current folder; choose another name")
-    state, name = load_state(spec)
-    config = checkpoint.model_config(state)
-    tokenizer = _tokenizer(state, config, name)
-    model = build(state, config)
-    files = {"config.json": config_to_hf(config, tokenizer, model.lm_head.weight.dtype)}
-    eot_id = None if tokenizer is None else tokenizer.eot_id
-    files["generation_config.json"] = {"bos_token_id": eot_id, "eos_token_id": eot_id}
+    model, tokenizer = build(*load_state(spec))
+    config, weights = model.config, model.state_dict()
+    fields = config_to_hf(config, tokenizer, weights[EMBEDDING].dtype)
+    ends = {name: fields[name] for name in ("bos_token_id", "eos_token_id")}
+    files = {"config.json": fields, "generation_config.json": ends}
     if tokenizer is not None:
         files["tokenizer.json"] = tokenizer_to_hf(tokenizer)
         files["tokenizer_config.json"] = _tokenizer_settings(tokenizer, config)
-    _write_folder(folder, tensors_to_hf(model.state_dict(), config), files)
+    _write_folder(folder, tensors_to_hf(weights, config), files)
     log_row("wrote", f"{folder}: {', '.join(['model.safetensors', *files])}", "green")
     if tokenizer is not None:
         say_next(folder)
@@ -702,10 +700,9 @@ def main(argv=None) -> int:
         )
     else:
         state, name = load_state(options.source)
-    config = checkpoint.model_config(state)
-    model, tokenizer = build(state, config).float(), _tokenizer(state, config, name)
+    model, tokenizer = build(state, name)
     log_row("model", f"{name}\n{_facts(model, tokenizer)}")
-    check_loss(model, tokenizer)
+    check_loss(model.float(), tokenizer)
     checkpoint.save(options.target, state)
     log_row("wrote", str(options.target), "green")
     if tokenizer is not None:
