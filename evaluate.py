@@ -14,7 +14,7 @@ import math
 import sys
 from contextlib import nullcontext
 from itertools import islice
-from operator import length_hint
+from operator import eq, length_hint
 from pathlib import Path
 from typing import NamedTuple
 
@@ -328,14 +328,15 @@ def evaluate_hellaswag(model, tokenizer, options) -> dict:
     """How often the right ending is the likeliest: in all (acc), and a token (acc_norm)."""
     path = options.file or downloaded("hellaswag")
     examples = read_examples(path, parse_hellaswag)
+    labels = [label for _, _, label in examples]
     scored = score_completions(model, tokenizer, examples, options)
-    pairs = list(zip(examples, map(choices, scored), strict=True))
+    likeliest, on_average = zip(*map(choices, scored), strict=True)
     return {
         "task": "hellaswag",
         "file": str(path),
         "examples": len(examples),
-        "acc": sum(chosen == label for (_, _, label), (chosen, _) in pairs) / len(pairs),
-        "acc_norm": sum(chosen == label for (_, _, label), (_, chosen) in pairs) / len(pairs),
+        "acc": sum(map(eq, likeliest, labels)) / len(labels),
+        "acc_norm": sum(map(eq, on_average, labels)) / len(labels),
     }
 
 
