@@ -198,7 +198,9 @@ def test_ctrl_c_while_weights_are_swapped_stays_ctrl_c_and_leaves_no_trace():
 
 
 class FakeCUDA:
-    """As much of torch.cuda as recording needs, on a CPU: a graph's replay calls the step again."""
+    """As much of torch.cuda as recording needs, on a CPU: a graph's replay calls the step again,
+    with the host's numbers as they were when it was recorded.
+    """
 
     def __init__(self, decoder):
         self.decoder, self.streams = decoder, []  # those that something was run or recorded on
@@ -221,19 +223,20 @@ class FakeCUDA:
         return SimpleNamespace(replay=self.replay)
 
     def graph(self, graph, stream=None):
+        self.lengths = list(self.decoder.cache.lengths)
         return self.stream(stream)
 
     def replay(self):
         decoder, cache = self.decoder, self.decoder.cache
-        before = list(cache.lengths)
+        now, cache.lengths = cache.lengths, self.lengths
         decoder.logits = decoder.decode(decoder.new)
-        cache.lengths = before  # the host's numbers are no part of a graph
+        cache.lengths = now
 
 
 @pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
 def test_the_step_of_a_graph_gives_the_same_text_past_block_size(monkeypatch, position):
     model, plain = tiny_model(len(ALPHABET), position=position).double(), generate.decoder
-    rows = [PROMPTS, PROMPTS[:2]]  # without learned positions the first begin beyond all graphs
+    rows = [PROMPTS, [[5] * 15], PROMPTS[:2]]  # learned, begun full; nearly full; any positions
     expected = [columns(model, prompts, Sampling(60, 0.9)) for prompts in rows]
 
     def graphed(model, cache):
