@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,37 +31,11 @@ from checkpoint import CheckpointError
 from config import DTYPES, GPT2_CONFIGS, GPT2Config, dtype_name, problems, to_dict
 from model import GPT2
 from tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
-from utils import (
-    ArgumentParser,
-    command_for,
-    log_next,
-    log_row,
-    pick_device,
-    pick_dtype,
-    run,
-    warn,
-)
+from utils import ArgumentParser, command_for, log_next, log_row, pick_device, pick_dtype, run, warn
 
-# A tensor has the same name here and in Hugging Face's files (h.*: once a block); True where theirs
-# is the transpose of ours, because their Conv1D multiplies from the other side.
-TENSORS = {
-    "transformer.wte.weight": False,
-    "transformer.wpe.weight": False,
-    "transformer.h.*.ln_1.weight": False,
-    "transformer.h.*.ln_1.bias": False,
-    "transformer.h.*.attn.c_attn.weight": True,
-    "transformer.h.*.attn.c_attn.bias": False,
-    "transformer.h.*.attn.c_proj.weight": True,
-    "transformer.h.*.attn.c_proj.bias": False,
-    "transformer.h.*.ln_2.weight": False,
-    "transformer.h.*.ln_2.bias": False,
-    "transformer.h.*.mlp.c_fc.weight": True,
-    "transformer.h.*.mlp.c_fc.bias": False,
-    "transformer.h.*.mlp.c_proj.weight": True,
-    "transformer.h.*.mlp.c_proj.bias": False,
-    "transformer.ln_f.weight": False,
-    "transformer.ln_f.bias": False,
-}
+# A tensor has the same name here and in Hugging Face's files. Where it ends so, theirs is the
+# transpose of ours, because their Conv1D multiplies from the other side.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"  # tied
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older files hold: no weights
 SIZES = {  # ours: theirs
@@ -124,14 +99,13 @@ def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
         state, name = load_state(spec)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --checkpoint PATH names another") from error
-    config = checkpoint.model_config(state)
-    tokenizer = _tokenizer(state, config, name)
+    model, tokenizer = build(state, name)
     if tokenizer is None and need_tokenizer:
         raise ValueError(
             f"{name} has no tokenizer, so that it can neither read nor write text; "
             "`convert.py from_nanogpt --tokenizer FILE` gives a model of nanoGPT one"
         )
-    model = build(state, config).to(device, getattr(torch, dtype)).eval()
+    model = model.to(device, getattr(torch, dtype)).eval()
     facts = f"{_facts(model, tokenizer)}, {dtype} on {device}"
     log_row("model", f"{name}{_history(state)}\n{facts}")
     if not Path(name).is_file():
@@ -168,13 +142,15 @@ def find_default() -> Path:
     raise CheckpointError(f"no checkpoint in {folder}: `python train.py` makes one")
 
 
-def build(state: dict, config: GPT2Config) -> GPT2:
-    """The model of a state, on whose weights it stands: none are drawn, none are copied."""
+def build(state: dict, name: str):
+    """The model of a state, on whose weights it stands: none are drawn, none are copied. And its
+    tokenizer, None without one. `name` is what messages call it.
+    """
     with torch.device("meta"):
-        model = GPT2(config)
+        model = GPT2(checkpoint.model_config(state))
     checkpoint.load_weights(model, state, assign=True)
     model.lm_head.weight = model.transformer.wte.weight  # assigning has untied them
-    return model
+    return model, _tokenizer(state, model.config.vocab_size, name)
 
 
 def _checked_dtype(dtype, device):
@@ -187,7 +163,7 @@ def _checked_dtype(dtype, device):
     return name
 
 
-def _tokenizer(state, config, name):
+def _tokenizer(state, vocab_size, name):
     """The state's tokenizer, None without one; one that does not fit makes the file unusable."""
     if state["tokenizer"] == {}:
         return None
@@ -195,10 +171,9 @@ def _tokenizer(state, config, name):
         tokenizer = load_tokenizer(state["tokenizer"])
     except ValueError as error:
         raise CheckpointError(f"{name}: its tokenizer cannot be used ({error})") from error
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size != vocab_size:
         raise CheckpointError(
-            f"{name}: its tokenizer has {tokenizer.vocab_size:,} tokens, "
-            f"its model {config.vocab_size:,}"
+            f"{name}: its tokenizer has {tokenizer.vocab_size:,} tokens, its model {vocab_size:,}"
         )
     return tokenizer
 
@@ -239,6 +214,21 @@ def check_loss(model, tokenizer) -> float | None:
     return loss
 
 
+def add_model_flags(parser):
+    """--checkpoint, --device and --dtype: what load_model and say_next take."""
+    add = parser.add_argument_group("which model").add_argument
+    add("--checkpoint", metavar="MODEL", help=CHECKPOINT)
+    add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: the best there is)")
+
+
+def say_next(checkpoint=None, device=None, dtype=None):
+    """Say the command that lets a person try a model, given what load_model was given."""
+    flags = {"--checkpoint": checkpoint, "--device": device, "--dtype": dtype}
+    given = [word for flag in flags.items() if flag[1] is not None for word in flag]
+    log_next(command_for("generate.py", *given, "--interactive"))
+
+
 def new_state(config, tensors, tokenizer) -> dict:
     """The checkpoint of a model that nothing but its weights is known of."""
     state = {"format": checkpoint.FORMAT, "step": 0, "best_val_loss": None, "model": tensors}
@@ -253,28 +243,28 @@ def tensors_of(found: dict, config: GPT2Config, name: str, transposed: bool) -> 
     transposed: laid out as Hugging Face does. Raises ValueError with a line for everything that
     does not fit: names, shapes, numbers that are not finite, a head that is not the embedding.
     """
-    with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in GPT2(config).state_dict().items()}
-    del shapes[HEAD]
+    shapes = shapes_of(config)
     found = {key: t for key, t in found.items() if not key.endswith(BUFFERS)}
-    head = found.pop(HEAD, None)
+    if EMBEDDING in found:
+        found.setdefault(HEAD, found[EMBEDDING])  # tied, so that files may leave it out
     lines = [f"no tensor {key}" for key in shapes if key not in found]
     lines += [f"{key} is no part of a GPT-2" for key in found if key not in shapes]
     tensors = {}
     for key in (key for key in shapes if key in found):
-        flip = transposed and TENSORS[re.sub(r"\.\d+\.", ".*.", key)]
-        shape = tuple(shapes[key])[:: -1 if flip else 1]  # in the file
-        lines += _tensor_problems(key, found[key], shape)
+        flip = transposed and key.endswith(TRANSPOSED)
+        lines += _tensor_problems(key, found[key], shapes[key][:: -1 if flip else 1])
         tensors[key] = found[key].t().contiguous() if flip and not lines else found[key]
-    if (
-        not lines
-        and head is not None
-        and not torch.equal(head.to(tensors[EMBEDDING]), tensors[EMBEDDING])
-    ):
+    if not lines and not torch.equal(tensors[HEAD].to(tensors[EMBEDDING]), tensors[EMBEDDING]):
         lines.append(f"{HEAD} differs from {EMBEDDING}: the head is not tied")
     if lines:
         raise ValueError("\n".join(f"{name}: {line}" for line in _few(lines)))
     return tensors | {HEAD: tensors[EMBEDDING]}
+
+
+def shapes_of(config: GPT2Config) -> dict[str, tuple]:
+    """The names of a model's tensors, each with its shape."""
+    with torch.device("meta"):
+        return {key: tuple(tensor.shape) for key, tensor in GPT2(config).state_dict().items()}
 
 
 def _tensor_problems(key, tensor, shape):
@@ -313,7 +303,8 @@ def config_from_hf(fields: dict, name: str) -> GPT2Config:
     """Our config from theirs; ValueError with a line for everything that GPT-2 here cannot be."""
     shipped = GPT2_CONFIGS["gpt2"]  # their defaults for the sizes are these too
     sizes = {ours: fields.get(theirs, shipped[ours]) for ours, theirs in SIZES.items()}
-    activation, inner = fields.get("activation_function", "gelu_new"), fields.get("n_inner")
+    activation, width = fields.get("activation_function", "gelu_new"), sizes["n_embd"]
+    inner = fields.get("n_inner")
     lines = [
         f"{key} {fields[key]!r}, only {value!r} can be converted"
         for key, value in ALIKE.items()
@@ -321,7 +312,7 @@ def config_from_hf(fields: dict, name: str) -> GPT2Config:
     ]
     if str(activation) not in GELU:
         lines.append(f"activation_function {activation!r}, only {', '.join(GELU)} can be converted")
-    if inner is not None and str(inner) != str(4 * (sizes["n_embd"] or 0)):
+    if inner is not None and not (type(width) is int and inner == 4 * width):
         lines.append(f"n_inner {inner!r}, only 4 x n_embd can be converted")
     gelu = GELU.get(str(activation), "tanh")
     config = GPT2Config(**sizes, bias=True, position="learned", gelu=gelu)
@@ -334,7 +325,7 @@ def config_from_hf(fields: dict, name: str) -> GPT2Config:
 def _read_json(path):
     try:
         fields = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: must hold one JSON object")
@@ -436,20 +427,20 @@ def to_hf(spec, folder):
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not empty; choose another name")
-    state, name = load_state(spec)
-    config = checkpoint.model_config(state)
-    tokenizer = _tokenizer(state, config, name)
-    model = build(state, config)
-    files = {"config.json": config_to_hf(config, tokenizer, model.lm_head.weight.dtype)}
-    eot_id = None if tokenizer is None else tokenizer.eot_id
-    files["generation_config.json"] = {"bos_token_id": eot_id, "eos_token_id": eot_id}
+    if folder.resolve() == Path.cwd():
+        raise ValueError(f"{folder} is the current folder; choose another name")
+    model, tokenizer = build(*load_state(spec))
+    config, weights = model.config, model.state_dict()
+    fields = config_to_hf(config, tokenizer, weights[EMBEDDING].dtype)
+    ends = {name: fields[name] for name in ("bos_token_id", "eos_token_id")}
+    files = {"config.json": fields, "generation_config.json": ends}
     if tokenizer is not None:
         files["tokenizer.json"] = tokenizer_to_hf(tokenizer)
         files["tokenizer_config.json"] = _tokenizer_settings(tokenizer, config)
-    _write_folder(folder, tensors_to_hf(model.state_dict(), config), files)
+    _write_folder(folder, tensors_to_hf(weights, config), files)
     log_row("wrote", f"{folder}: {', '.join(['model.safetensors', *files])}", "green")
     if tokenizer is not None:
-        log_next(command_for("generate.py", "--checkpoint", folder, "--interactive"))
+        say_next(folder)
 
 
 def config_to_hf(config: GPT2Config, tokenizer, dtype) -> dict:
@@ -469,15 +460,11 @@ def config_to_hf(config: GPT2Config, tokenizer, dtype) -> dict:
 
 def tensors_to_hf(tensors: dict, config: GPT2Config) -> dict:
     """Our tensors under transformers' names and in their layout; a missing bias is one of zeros."""
-    found = {}
-    for pattern, flip in TENSORS.items():
-        for layer in range(config.n_layer if "*" in pattern else 1):
-            key = pattern.replace("*", str(layer))
-            if key not in tensors and key.endswith("bias"):
-                width = tensors[key.removesuffix("bias") + "weight"].shape[0]
-                found[key] = torch.zeros(width, dtype=tensors[EMBEDDING].dtype)
-            else:
-                found[key] = tensors[key].t().contiguous() if flip else tensors[key]
+    dtype, found = tensors[EMBEDDING].dtype, {}
+    for key, shape in shapes_of(replace(config, bias=True)).items():
+        tensor = tensors[key] if key in tensors else torch.zeros(shape, dtype=dtype)
+        found[key] = tensor.t().contiguous() if key.endswith(TRANSPOSED) else tensor
+    del found[HEAD]  # tied
     return found
 
 
@@ -631,6 +618,7 @@ def _guess(found, settings, vocab_size):
         return GPT2Tokenizer(tokens)
     eot = settings.get("eos_token", END_OF_TEXT)
     eot = eot.get("content") if isinstance(eot, dict) else eot
+    eot = eot if isinstance(eot, str) else None
     return BPETokenizer.from_dict({"tokens": spelt, "special": special, "eot": eot})
 
 
@@ -712,14 +700,13 @@ def main(argv=None) -> int:
         )
     else:
         state, name = load_state(options.source)
-    config = checkpoint.model_config(state)
-    model, tokenizer = build(state, config).float(), _tokenizer(state, config, name)
+    model, tokenizer = build(state, name)
     log_row("model", f"{name}\n{_facts(model, tokenizer)}")
-    check_loss(model, tokenizer)
+    check_loss(model.float(), tokenizer)
     checkpoint.save(options.target, state)
     log_row("wrote", str(options.target), "green")
     if tokenizer is not None:
-        log_next(command_for("generate.py", "--checkpoint", options.target, "--interactive"))
+        say_next(options.target)
     return 0
 
 
@@ -744,6 +731,10 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+CHECKPOINT = (
+    "a checkpoint, a Hugging Face folder, or a name on the hub: gpt2-xl, org/name (default: "
+    "the best of ./checkpoints)"
+)
 TOKENIZER = "the tokenizer.json of the data set (default: GPT-2's, if the vocabulary has its size)"
 GELU_FORM = "tanh: trained before May 2023 (default: exact)"
 

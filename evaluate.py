@@ -14,26 +14,24 @@ import math
 import sys
 from contextlib import nullcontext
 from itertools import islice
-from operator import length_hint
+from operator import eq, length_hint
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from config import DTYPES, dtype_name
-from convert import load_model
+from config import dtype_name
+from convert import add_model_flags, load_model, say_next
 from data import TokenDataset, validation_starts, windows_at
 from utils import (
     ArgumentParser,
     autocast,
-    command_for,
     download,
     from_first,
     gather_from_processes,
     laid_out,
     live_line,
-    log_next,
     log_row,
     perplexity,
     pick_device,
@@ -289,14 +287,26 @@ def measure_text(path) -> tuple[int, int]:
 
 def encoded_pieces(path, tokenizer):
     """The ids of a text file, piece by piece; the same as those of the whole text at once."""
+    done = 0
+    for piece in text_pieces(path, tokenizer):
+        try:
+            ids = tokenizer.encode(piece)
+        except ValueError as error:
+            raise ValueError(f"{path}, from character {done:,} on: {error}") from None
+        yield ids
+        done += len(piece)
+
+
+def text_pieces(path, tokenizer):
+    """A text file in pieces that can be encoded apart."""
     held = ""
     with open(path, encoding="utf-8-sig", newline="") as file:
         while chunk := file.read(CHUNK):
             held += chunk
             cut = tokenizer.safe_cut(held) or len(held)
-            yield tokenizer.encode(held[:cut])
+            yield held[:cut]
             held = held[cut:]
-    yield tokenizer.encode(held)
+    yield held
 
 
 def text_windows(pieces, context, stride):
@@ -318,14 +328,15 @@ def evaluate_hellaswag(model, tokenizer, options) -> dict:
     """How often the right ending is the likeliest: in all (acc), and a token (acc_norm)."""
     path = options.file or downloaded("hellaswag")
     examples = read_examples(path, parse_hellaswag)
+    labels = [label for _, _, label in examples]
     scored = score_completions(model, tokenizer, examples, options)
-    pairs = list(zip(examples, map(choices, scored), strict=True))
+    likeliest, on_average = zip(*map(choices, scored), strict=True)
     return {
         "task": "hellaswag",
         "file": str(path),
         "examples": len(examples),
-        "acc": sum(chosen == label for (_, _, label), (chosen, _) in pairs) / len(pairs),
-        "acc_norm": sum(chosen == label for (_, _, label), (_, chosen) in pairs) / len(pairs),
+        "acc": sum(map(eq, likeliest, labels)) / len(labels),
+        "acc_norm": sum(map(eq, on_average, labels)) / len(labels),
     }
 
 
@@ -451,6 +462,9 @@ def downloaded(task) -> Path:
             raise ValueError(
                 f"{address}: {problem}; get the file some other way and name it with --file"
             ) from None
+        except OSError as error:  # of writing: all that goes wrong before is a ValueError
+            error.exit_code = 4
+            raise
 
     from_first(lambda: path.exists() or fetch())
     return path
@@ -485,9 +499,9 @@ def one_line(result: dict) -> str:
 
 def parse(argv):
     parser = ArgumentParser(__doc__, prog="evaluate.py", usage=USAGE)
+    add_model_flags(parser)
     add = parser.add_argument_group("what to measure").add_argument
     add("--task", nargs="+", choices=TASKS, default=["val"], metavar="TASK", help=TASK)
-    add("--checkpoint", metavar="MODEL", help=CHECKPOINT)
     add("--file", metavar="FILE", help="a text, or examples (default: they are downloaded)")
     add = parser.add_argument_group("of --task val").add_argument
     add("--data_dir", metavar="DIR", help="data set (default: what the model was trained on)")
@@ -496,10 +510,8 @@ def parse(argv):
     add = parser.add_argument_group("of --task perplexity").add_argument
     add("--context", type=int, metavar="N", help="tokens in a window (default: block_size)")
     add("--stride", type=int, metavar="N", help="its step (default: half a window)")
-    add = parser.add_argument_group("hardware and output").add_argument
+    add = parser.add_argument_group("speed and output").add_argument
     add("--batch_size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
-    add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the best there is)")
-    add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: the best there is)")
     add("--json", action="store_true", help="print one JSON object a line for each task")
     options = parser.parse_args(argv)
     options.task = list(dict.fromkeys(options.task))
@@ -509,10 +521,6 @@ def parse(argv):
 
 USAGE = "evaluate.py [--task TASK ...] [--checkpoint MODEL] [flags below]"
 TASK = f"one or more of {', '.join(TASKS)} (default: val)"
-CHECKPOINT = (
-    "a checkpoint, a Hugging Face folder, or a name on the hub: gpt2, org/name (default: the best "
-    "of ./checkpoints)"
-)
 
 
 def check(options):
@@ -539,8 +547,18 @@ def check(options):
         raise ValueError("\n".join(problems))
 
 
+def measure(task, model, tokenizer, options) -> dict:
+    """The result of a task."""
+    try:
+        return TASKS[task](model, tokenizer, options)
+    except torch.OutOfMemoryError as error:
+        size = f"--batch_size {options.batch_size}"
+        raise ValueError(f"{size}: out of GPU memory; take less, or --device cpu") from error
+
+
 def main(argv=None) -> int:
     options = parse(argv)
+    asked = options.device
     device, _ = pick_device(options.device)
     dtype = dtype_name(options.dtype or pick_dtype(device))
     half = dtype in ("bfloat16", "float16")  # as in training: float32 weights under autocast
@@ -548,11 +566,10 @@ def main(argv=None) -> int:
     with process_group(device):
         model, tokenizer = load_model(options.checkpoint, device, "float32" if half else dtype)
         for task in options.task:
-            result = TASKS[task](model, tokenizer, options)
+            result = measure(task, model, tokenizer, options)
             if rank() == 0:
                 print(one_line(result) if options.json else table(result), flush=True)
-    which = [] if options.checkpoint is None else ["--checkpoint", options.checkpoint]
-    log_next(command_for("generate.py", *which, "--interactive"))
+    say_next(options.checkpoint, asked, options.dtype)
     return 0
 
 

@@ -21,17 +21,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from config import DTYPES
-from convert import load_model
+from convert import add_model_flags, load_model, say_next
 from model import KVCache, context_limit, context_start
 from tokenizer import StreamDecoder
 from utils import (
     ArgumentParser,
-    command_for,
     derived_seed,
     laid_out,
     log,
-    log_next,
     log_row,
     run,
     styled,
@@ -40,7 +37,7 @@ from utils import (
 )
 
 SEPARATOR = "---\n"  # between texts, where there are several
-CONTROLS = set(range(32)) - {ord("\n"), ord("\t")} | set(range(127, 160))
+CONTROLS = {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
 ESCAPES = {code: f"\\x{code:02x}" for code in CONTROLS}
 
 
@@ -116,7 +113,7 @@ def explain(sampling: Sampling) -> str:
 
 
 def _shown(value):
-    return "none" if value is None else str(value)
+    return "none" if value is None else repr(value) if isinstance(value, str) else str(value)
 
 
 # ---------------------------------------------------------------- choosing a token
@@ -147,7 +144,7 @@ def probabilities(values, temperature=1.0, top_p=None):
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     values = values - values[:, :1]  # the largest is 0, so that no temperature overflows
     p = torch.softmax(values / temperature, dim=-1)  # (B, K)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # for 1 rounding would leave out the last ones
         before = p.cumsum(dim=-1) - p  # probability of all that is more likely
         p = torch.where(before < top_p, p, 0)
     return p
@@ -156,7 +153,7 @@ def probabilities(values, temperature=1.0, top_p=None):
 def draw(p, uniform):
     """The column (B,) at which the running sum of p (B, K) passes uniform (B,) of its total.
 
-    One number decides, and the most likely come first: CPU and GPU choose alike.
+    One number decides, and the most likely come first: where none tie, CPU and GPU choose alike.
     """
     passed = p.cumsum(dim=-1)  # (B, K)
     target = uniform[:, None].to(p.dtype) * passed[:, -1:]  # (B, 1)
@@ -253,7 +250,7 @@ class GraphedDecoder:
                     self.cache.truncate(lengths)
             torch.cuda.current_stream().wait_stream(aside)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=aside):  # its own may be on another device
                 self.logits = self.decode(self.new)
         self.cache.truncate(lengths)
 
@@ -302,8 +299,8 @@ def fast_linears(packed, rows, device):
         yield
     finally:
         torch.backends.mkldnn.enabled = was_enabled
-        for layer in packed:
-            del layer.__dict__["forward"]
+        for layer in packed:  # Ctrl-C may have come before all were set
+            layer.__dict__.pop("forward", None)
 
 
 def new_cache(model, rows):
@@ -464,10 +461,12 @@ def write_texts(path, texts) -> list[str]:
         raise ValueError(f"--output {path}: there is something else than a file")
     aside, written = path.with_name(f".{path.name}.tmp"), []
     try:
-        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+        with open(aside, "w", encoding="utf-8", errors="replace", newline="\n") as file:
             for text in texts:
                 file.write(f"{SEPARATOR if written else ''}{text}\n")
                 written.append(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
         error.exit_code = 4
@@ -482,19 +481,10 @@ def write_texts(path, texts) -> list[str]:
 # ---------------------------------------------------------------- the terminal
 
 
-def show(text: str):
+def show(text: str, style: str | None = None):
     """Text on stdout at once; what would steer a terminal is shown as \\x1b instead."""
-    if text:
-        print(_visible(text), end="", flush=True)
-
-
-def show_prompt(prompt: str):
-    """The prompt before its continuation: on a terminal it stands out."""
-    print(styled(_visible(prompt), "bold", sys.stdout), end="", flush=True)
-
-
-def _visible(text):
-    return text.translate(ESCAPES) if sys.stdout.isatty() else text
+    text = text.translate(ESCAPES) if sys.stdout.isatty() else text
+    print(styled(text, style, sys.stdout) if style else text, end="", flush=True)
 
 
 def show_texts(model, tokenizer, prompts, sampling):
@@ -504,12 +494,12 @@ def show_texts(model, tokenizer, prompts, sampling):
         for number, text in enumerate(generate_texts(model, tokenizer, prompts, sampling)):
             prompt = prompts[number // samples]
             show(SEPARATOR if number else "")
-            show_prompt(prompt)
+            show(prompt, "bold")
             show(f"{text[len(prompt) :]}\n")
         return
     for number, [piece] in enumerate(stream_text(model, tokenizer, prompts, sampling)):
         if number == 0:
-            show_prompt(prompts[0])
+            show(prompts[0], "bold")
         show(piece)
     show("\n")
 
@@ -528,15 +518,13 @@ def interact(model, tokenizer, sampling) -> int:
     """Continue every line of stdin until its end; Ctrl-C ends a text, between texts it leaves."""
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  (input() then edits the line and knows the earlier ones)
-    answered = 0
     while (line := read_line()) is not None and line.strip() != "/quit":
         try:
             if line.startswith("/"):
                 sampling = command(line, sampling)
             else:
-                seeded = replace(sampling, seed=sampling.seed + answered)
-                answered += 1
-                show_texts(model, tokenizer, [line], seeded)
+                this, sampling = sampling, replace(sampling, seed=sampling.seed + 1)
+                show_texts(model, tokenizer, [line], this)
         except ValueError as error:
             print(laid_out(str(error), "error: ", "red"), file=sys.stderr, flush=True)
         except KeyboardInterrupt:
@@ -546,6 +534,8 @@ def interact(model, tokenizer, sampling) -> int:
 
 def read_line() -> str | None:
     """The next line of input, None at its end. A prompt is shown to a person only."""
+    if sys.stdin is None:  # closed by who started this
+        return None
     person = sys.stdin.isatty()
     if person:
         log()
@@ -588,6 +578,14 @@ def main(argv=None) -> int:
     for stream in (sys.stdin, sys.stdout):  # whatever the system's own encoding may be
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        return answer(options, sampling)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(OUT_OF_MEMORY) from error
+
+
+def answer(options, sampling) -> int:
+    """Do what the command line asks for."""
     prompts = read_prompts(options)
     model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
     log_row("sampling", describe(sampling))
@@ -598,18 +596,14 @@ def main(argv=None) -> int:
         write_texts(options.output, generate_texts(model, tokenizer, prompts, sampling))
         return 0
     show_texts(model, tokenizer, prompts, sampling)
-    which = [] if options.checkpoint is None else ["--checkpoint", options.checkpoint]
-    log_next(command_for("generate.py", *which, "--interactive"))
+    say_next(options.checkpoint, options.device, options.dtype)
     return 0
 
 
 def parse(argv):
     """The options and how to sample; ValueError with a line for every problem at once."""
     parser = ArgumentParser(__doc__, prog="generate.py", usage=USAGE)
-    which = parser.add_argument_group("which model").add_argument
-    which("--checkpoint", metavar="MODEL", help=CHECKPOINT)
-    which("--device", metavar="NAME", help=DEVICE)
-    which("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: the best there is)")
+    add_model_flags(parser)
     group = parser.add_argument_group("what to continue, and where the text goes")
     what = group.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", default="", help="text to continue")
@@ -634,11 +628,9 @@ def parse(argv):
 
 
 USAGE = "generate.py --prompt TEXT | --interactive | --prompts_file FILE [flags]"
-CHECKPOINT = (
-    "a checkpoint, a Hugging Face folder, or a name on the hub: gpt2-xl, org/name (default: "
-    "the best of ./checkpoints)"
+OUT_OF_MEMORY = (
+    "out of GPU memory: fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
 )
-DEVICE = "cuda, cuda:1, mps or cpu (default: the best there is)"
 
 
 def read_prompts(options) -> list[str]:

@@ -203,6 +203,21 @@ def test_bad_input_of_a_config_is_named_all_at_once(tmp_path, capsys):
     assert not (tmp_path / "out.pt").exists()
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("[" * 100_000, "not JSON"),
+        ('{"n_embd": {"a": 1}, "n_inner": 96}', "n_inner 96, only 4 x n_embd"),
+        ('{"n_embd": "24", "n_inner": 96}', "n_embd '24': must be a whole number"),
+    ],
+    ids=["deep", "dict", "text"],
+)
+def test_a_config_of_any_json_is_refused_by_name(tmp_path, capsys, content, said):
+    (tmp_path / "config.json").write_text(content)
+    assert cli("from_hf", tmp_path, tmp_path / "out.pt") == 2
+    assert said in capsys.readouterr().err
+
+
 def test_what_only_rounds_or_says_the_same_is_taken(tmp_path):
     theirs(reorder_and_upcast_attn=True, n_inner=96).save_pretrained(tmp_path / "hf")
     assert load_double(tmp_path / "hf").config.n_embd == 24
@@ -281,6 +296,16 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     assert cli("to_hf", path, folder) == 2
     assert "not empty" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_the_current_folder_is_no_name_for_a_new_one(tmp_path, monkeypatch, capsys):
+    path = ours(tmp_path / "ours.pt")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", ""):
+        assert cli("to_hf", path, name) == 2
+        assert "choose another name" in capsys.readouterr().err
+    assert cli("to_hf", path, "../here") == 2
 
 
 @pytest.mark.parametrize("position", ["rope", "alibi"])
@@ -440,6 +465,14 @@ def test_gpt2s_own_vocabulary_is_known_in_both_spellings(tmp_path, gpt2_vocabula
     assert theirs_now("Hello  wörld 你好\n")["input_ids"] == gpt2.encode("Hello  wörld 你好\n")
 
 
+@pytest.mark.parametrize("eos", [["</s>"], {"content": ["</s>"]}, 7, None])
+def test_an_end_of_text_that_is_no_text_is_none(tmp_path, eos):
+    hf_folder(tmp_path / "hf", trained_elsewhere(["</s>"]))
+    change(tmp_path / "hf", "tokenizer_config.json", eos_token=eos)
+    _, tokenizer = load_model(tmp_path / "hf", "cpu")
+    assert tokenizer.kind == "bpe" and tokenizer.eot_id is None
+
+
 def test_a_vocabulary_without_special_tokens_has_no_end_of_text(tmp_path):
     hf_folder(tmp_path / "hf", trained_elsewhere([]))
     _, tokenizer = load_model(tmp_path / "hf", "cpu")
@@ -561,6 +594,19 @@ def nanogpt_logits(args, w, idx):
         u = linear(norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
         x = x + linear(u * 0.5 * (1 + torch.erf(u / math.sqrt(2))), f"{name}.mlp.c_proj")
     return norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
+
+
+@pytest.mark.parametrize(
+    "head", [3, torch.eye(30, 24).to_sparse(), torch.empty(30, 24, device="meta"), torch.eye(3)]
+)
+def test_a_nanogpt_head_that_is_no_plain_tensor_is_refused(tmp_path, capsys, head):
+    nanogpt(tmp_path / "ckpt.pt")
+    found = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    found["model"]["lm_head.weight"] = head
+    torch.save(found, tmp_path / "ckpt.pt")
+    assert cli("from_nanogpt", tmp_path / "ckpt.pt", tmp_path / "out.pt") == 2
+    [line] = errors(capsys)
+    assert "lm_head.weight" in line and not (tmp_path / "out.pt").exists()
 
 
 @pytest.mark.parametrize("bias", [True, False])

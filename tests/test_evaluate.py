@@ -19,6 +19,7 @@ from conftest import ROOT, server
 
 import checkpoint
 import evaluate
+import generate
 from config import GPT2Config
 from convert import new_state
 from data import write_dataset
@@ -137,6 +138,24 @@ def test_the_table_shows_the_same_numbers(trained, capsys):
     assert cli() == 0
     rows = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert rows["loss"] == f"{plain_loss(model, val):.4f}" and rows["tokens"] == str(len(val))
+
+
+def test_the_next_command_keeps_the_model_the_device_and_the_type(trained, capsys):
+    assert cli("--checkpoint", "checkpoints/best_checkpoint.pt") == 0
+    line = capsys.readouterr().err.splitlines()[-1]
+    flags = "--checkpoint checkpoints/best_checkpoint.pt --device cpu --dtype float64 --interactive"
+    assert line.startswith("next ") and line.endswith(f"generate.py {flags}")
+    assert run(generate.main, [*flags.split()[:-1], "--prompt", "to"]) == 0
+
+
+def test_out_of_gpu_memory_is_one_line_that_names_batch_size(trained, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    monkeypatch.setattr(GPT2, "forward", full)
+    assert cli("--batch_size", "64") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "--batch_size 64: out of GPU memory" in line
 
 
 def test_half_precision_evaluates_as_training_does(trained, capsys):
@@ -294,6 +313,17 @@ def test_a_text_that_cannot_be_measured_is_refused(trained, tmp_path, capsys, co
     assert cli("--task", "perplexity", "--file", "text.txt") == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("error: ") == 1 and words in err
+
+
+def test_a_character_that_the_model_lacks_is_named_with_its_place(
+    trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "CHUNK", 5)
+    (tmp_path / "text.txt").write_text("to be or not qu\u00e9", "utf-8")
+    assert cli("--task", "perplexity", "--file", "text.txt") == 2
+    assert "text.txt, from character 15 on: character U+00E9 '\u00e9' at position 0" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_stride_beyond_the_context_would_leave_tokens_out(trained, tmp_path, capsys):
@@ -632,6 +662,15 @@ def test_a_download_that_fails_is_one_line_and_leaves_nothing(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert "hellaswag_val.jsonl: " in line and problem in line and "--file" in line
     assert not (tmp_path / "data/hellaswag").exists()
+
+
+def test_a_folder_that_cannot_be_made_for_the_download_is_exit_4(published, tmp_path, capsys):
+    (tmp_path / "data").rename(tmp_path / "sets")
+    (tmp_path / "data").write_text("a file")
+    with server("data/hellaswag_val.jsonl", LINES) as (address, _):
+        published(address)
+        assert cli("--task", "hellaswag") == 4
+    assert "data" in capsys.readouterr().err and (tmp_path / "data").read_text() == "a file"
 
 
 def test_a_disk_that_refuses_the_download_is_exit_4(published, monkeypatch, tmp_path, capsys):

@@ -1,8 +1,12 @@
 """Sampling against a plain NumPy version; cached, batched and streamed text against the simplest
 way to the same text; the command line as a person meets it."""
 
+import contextlib
 import io
+import os
+import shlex
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +125,11 @@ def test_the_ends_of_the_unit_interval_choose_tokens_with_probability():
     assert generate.draw(p, torch.tensor([0.0, 1.0])).tolist() == [0, 1]
 
 
+def test_a_top_p_of_1_leaves_no_token_out():
+    values = torch.tensor([[0.0] + [-17.0] * 1000])  # a sum in float32 reaches 1 before its end
+    assert (generate.probabilities(values, top_p=1.0) > 0).all()
+
+
 def test_tokens_come_as_often_as_their_probability_says():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     counts = torch.zeros(4)
@@ -174,27 +183,71 @@ def test_packed_weights_multiply_as_before_and_leave_no_trace():
         assert generate.pack_linears(tiny_model(len(ALPHABET)).bfloat16(), 3)
 
 
-class ReplayedOnACPU(generate.GraphedDecoder):
-    """The step that a CUDA graph would repeat, called instead."""
+def test_ctrl_c_while_weights_are_swapped_stays_ctrl_c_and_leaves_no_trace():
+    class Interrupted(dict):
+        def items(self):
+            yield next(iter(super().items()))
+            raise KeyboardInterrupt
 
-    def _record(self, new):
-        self.cache.hold_still()
-        self.new, self.graph = new.clone(), self
+    layers = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+    packed = Interrupted(dict.fromkeys(layers, abs))
+    with pytest.raises(KeyboardInterrupt):
+        with generate.fast_linears(packed, 1, torch.device("cpu")):
+            pass
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+class FakeCUDA:
+    """As much of torch.cuda as recording needs, on a CPU: a graph's replay calls the step again,
+    with the host's numbers as they were when it was recorded.
+    """
+
+    def __init__(self, decoder):
+        self.decoder, self.streams = decoder, []  # those that something was run or recorded on
+
+    def device(self, device):
+        return contextlib.nullcontext()
+
+    def Stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def current_stream(self):
+        return self.Stream()
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.streams.append(stream)
+        yield
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=self.replay)
+
+    def graph(self, graph, stream=None):
+        self.lengths = list(self.decoder.cache.lengths)
+        return self.stream(stream)
 
     def replay(self):
-        before = list(self.cache.lengths)
-        self.logits = self.decode(self.new)
-        self.cache.lengths = before  # the host's numbers are no part of a graph
+        decoder, cache = self.decoder, self.decoder.cache
+        now, cache.lengths = cache.lengths, self.lengths
+        decoder.logits = decoder.decode(decoder.new)
+        cache.lengths = now
 
 
 @pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
 def test_the_step_of_a_graph_gives_the_same_text_past_block_size(monkeypatch, position):
-    model = tiny_model(len(ALPHABET), position=position).double()
-    expected = columns(model, PROMPTS, Sampling(60, 0.9))
-    plain = generate.decoder
-    steps = lambda model, cache: ReplayedOnACPU(plain(model, cache), cache)  # noqa: E731
-    monkeypatch.setattr(generate, "decoder", steps)
-    assert columns(model, PROMPTS, Sampling(60, 0.9)) == expected
+    model, plain = tiny_model(len(ALPHABET), position=position).double(), generate.decoder
+    rows = [PROMPTS, [[5] * 15], PROMPTS[:2]]  # learned, begun full; nearly full; any positions
+    expected = [columns(model, prompts, Sampling(60, 0.9)) for prompts in rows]
+
+    def graphed(model, cache):
+        decoder = generate.GraphedDecoder(plain(model, cache), cache)
+        monkeypatch.setattr(torch, "cuda", FakeCUDA(decoder))
+        return decoder
+
+    monkeypatch.setattr(generate, "decoder", graphed)
+    assert [columns(model, prompts, Sampling(60, 0.9)) for prompts in rows] == expected
+    warm, recorded = torch.cuda.streams
+    assert warm is recorded  # torch's own stream is on the first device that ever recorded
 
 
 @pytest.mark.gpu
@@ -320,6 +373,21 @@ def test_batch_generate_returns_and_writes_every_text(here):
     assert sorted(path.name for path in here.iterdir()) == ["checkpoints", "samples.txt"]
 
 
+def test_an_output_takes_any_text_and_is_on_the_disk_before_it_replaces_another(here, monkeypatch):
+    tokenizer = BPETokenizer.train("abc " * 20, 270)
+    save_checkpoint(here / "checkpoints" / checkpoint.BEST, tokenizer)
+    (here / "samples.txt").write_text("old")
+    seen, fsync = [], os.fsync
+
+    def watched(descriptor):
+        seen.append((os.fstat(descriptor).st_size, (here / "samples.txt").read_text()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    batch_generate("a\udcff", "samples.txt", max_new_tokens=0, device="cpu")  # no UTF-8 has it
+    assert (here / "samples.txt").read_text() == "a?\n" and seen == [(3, "old")]
+
+
 def test_batch_generate_reports_all_wrong_settings_at_once(here):
     with pytest.raises(ValueError) as error:
         batch_generate(["a"], temperature=float("nan"), top_k=0, top_p=2, max_new_tokens=-1)
@@ -388,6 +456,32 @@ def test_stdout_holds_text_alone_and_stderr_the_settings(here, capsys):
         assert word in err
     assert cli("--prompt", "to be", "--seed", "1337") == 0
     assert capsys.readouterr().out == out
+
+
+def test_the_next_command_keeps_the_model_the_device_and_the_type(here, capsys, monkeypatch):
+    (here / "checkpoints" / checkpoint.BEST).rename(here / "my model.pt")
+    assert cli("--prompt", "to be", "--checkpoint", "my model.pt") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("next ")]
+    _, *flags = shlex.split(line.split("generate.py")[1])
+    assert shlex.split(line)[-1] == "--interactive"
+    type_lines(monkeypatch, "a\n")
+    assert run(generate.main, shlex.split(line.split("generate.py ")[1])) == 0
+    assert "float32 on cpu" in capsys.readouterr().err and "float32" in flags
+
+
+def test_a_stop_text_is_shown_on_the_line_of_the_settings(here, capsys):
+    assert cli("--prompt", "a", "--stop", "\n\n") == 0
+    assert r"stop '\n\n', seed 1337" in capsys.readouterr().err
+
+
+def test_out_of_gpu_memory_is_one_line_with_what_needs_less(here, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    monkeypatch.setattr(generate, "window_logits", full)
+    assert cli("--prompt", "a", "--num_samples", "9") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert "out of GPU memory" in line and "--num_samples" in line
 
 
 def test_several_samples_are_separated_by_a_line(here, capsys):
@@ -535,6 +629,22 @@ def test_interactive_takes_the_next_seed_for_every_line(here, capsys, monkeypatc
         assert cli("--prompt", "to be", "--seed", seed) == 0
         alone.append(capsys.readouterr().out)
     assert both == "".join(alone) and alone[0] != alone[1]
+
+
+def test_interactive_counts_from_the_seed_that_is_set(here, capsys, monkeypatch):
+    type_lines(monkeypatch, "to be\n/set seed 5\nto be\nto be\n")
+    assert cli("--interactive") == 0
+    lines = capsys.readouterr().out
+    alone = []
+    for seed in ("1337", "5", "6"):
+        assert cli("--prompt", "to be", "--seed", seed) == 0
+        alone.append(capsys.readouterr().out)
+    assert lines == "".join(alone)
+
+
+def test_interactive_without_any_input_leaves_with_0(here, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # python generate.py --interactive <&-
+    assert cli("--interactive") == 0
 
 
 def test_interactive_shows_an_error_in_a_line_and_goes_on(here, capsys, monkeypatch):
