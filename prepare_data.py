@@ -672,7 +672,7 @@ def unfinished(data_dir, sources, settings, overwrite) -> dict | None:
         return None
     log_row("resuming", f"with what is in {data_dir / UNFINISHED}")
     for stray in (data_dir / UNFINISHED).rglob("*.incomplete"):  # of a download that was killed
-        stray.unlink()
+        stray.unlink(missing_ok=True)  # or that ends just now: one_ahead's threads outlive an error
     return progress
 
 

@@ -957,6 +957,26 @@ def test_hub_problems_are_one_line_each_and_the_same_command_goes_on(
     assert "pip install -r requirements-hub.txt" in capsys.readouterr().err
 
 
+def test_a_download_that_ends_while_the_next_run_clears_up_is_no_error(tmp_path, monkeypatch):
+    """After an error the thread that fetches the next file may still be about to rename it."""
+    source, data_dir = write(tmp_path / "a.parquet", parquet(documents(0, 50))), tmp_path / "d"
+    flags = ("--input", source, "--tokenizer", "bpe", "--vocab_size", 257, "--data_dir", data_dir)
+    monkeypatch.setattr(prepare_data, "TOKENS_SHARE", 1e15)
+    assert prepare(*flags) == 4 and (data_dir / ".unfinished").exists()
+    monkeypatch.setattr(prepare_data, "TOKENS_SHARE", 1)
+    write(data_dir / ".unfinished" / "download" / "b.incomplete", b"half")
+    plain, cleared = Path.unlink, []
+
+    def unlink(path, *args, **kwargs):
+        if path.name == "b.incomplete":
+            cleared.append(path)
+            os.rename(path, path.with_name("b.parquet"))
+        plain(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert prepare(*flags) == 0 and len(cleared) == 1
+
+
 # ---------------------------------------------------------------- from nanoGPT
 
 
