@@ -233,6 +233,21 @@ def test_folder_gz_md_and_jsonl_are_read_in_order(tmp_path):
     assert names == ["a.md", "b.jsonl", "c/d.TXT.gz", "c/e.jsonl.gz", "z.txt"]
 
 
+def test_a_hidden_file_is_read_when_it_is_named_itself(tmp_path):
+    assert find_files([write(tmp_path / ".a.txt", "x")]) == [(".a.txt", tmp_path / ".a.txt")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_to_files_are_read_and_those_to_folders_are_named(tmp_path, capsys):
+    write(tmp_path / "elsewhere" / "a.txt", "x")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "b.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "lost.txt").symlink_to(tmp_path / "nowhere")
+    assert [name for name, _ in find_files([tmp_path / "in"])] == ["b.txt"]
+    assert "links to folders or nothing are not followed: lost.txt, more" in capsys.readouterr().err
+
+
 def test_inputs_that_cannot_be_are_all_named(tmp_path):
     (tmp_path / "empty").mkdir()
     picture = write(tmp_path / "picture.png", b"")
@@ -259,6 +274,7 @@ def test_inputs_that_cannot_be_are_all_named(tmp_path):
         ("a.txt", "utf-16".encode("utf-16"), "offset 0"),
         ("a.txt.gz", gzip.compress(b"hello" * 99)[:-9], "a.txt.gz: not a whole gzip file"),
         ("a.txt.gz", b"hello", "a.txt.gz: not a whole gzip file"),
+        ("a.txt.gz", b"", "a.txt.gz: not a whole gzip file (it is empty)"),
         ("a.txt", b"", "no text, 0 characters"),
         ("a.txt", " \n\t\u3000".encode(), "no text, 4 characters"),
         ("a.jsonl", b"\n\n", "no text"),
@@ -955,6 +971,13 @@ def test_hub_problems_are_one_line_each_and_the_same_command_goes_on(
     assert prepare(*flags) == 0  # there already
     assert prepare(*flags, "--overwrite") == 2
     assert "pip install -r requirements-hub.txt" in capsys.readouterr().err
+
+
+def test_a_hub_that_never_answers_is_given_up(serve, tmp_path, monkeypatch, capsys):
+    serve(Hub("HuggingFaceFW/fineweb", fineweb()[0], slow=1))
+    monkeypatch.setattr(prepare_data, "LISTING_SECONDS", 0.05)
+    assert prepare(*FINEWEB, "--data_dir", tmp_path / "d") == 2
+    assert "cannot be had from http://127.0.0.1" in capsys.readouterr().err
 
 
 def test_a_download_that_ends_while_the_next_run_clears_up_is_no_error(tmp_path, monkeypatch):
