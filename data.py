@@ -103,7 +103,9 @@ def _describe(aside, splits, tokenizer, sources, settings):
         "sources": list(sources),
         "settings": dict(settings or {}),
     }
-    aside("meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False), "utf-8")
+    # a file name that is not UTF-8 has half surrogates, which JSON spells as backslashreplace does
+    text = json.dumps(meta, indent=2, ensure_ascii=False)
+    aside("meta.json").write_text(text, "utf-8", "backslashreplace")
     return meta
 
 

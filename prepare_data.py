@@ -964,6 +964,8 @@ def main(argv=None) -> int:
     else:
         announce(options)
         meta = prepare(options)
+    if hasattr(sys.stdout, "reconfigure"):  # names that the terminal cannot show are no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(summary(meta, options.data_dir))
     return 0
 

@@ -319,6 +319,23 @@ def test_errors_replace_goes_on_and_counts(chunk, tmp_path, monkeypatch, capsys)
     assert decoded == raw.decode("utf-8", "replace") + "\ufffd!\ufffd"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_file_names_that_are_not_utf8_or_cannot_be_printed_are_kept(tmp_path):
+    names = ["b\udcff.txt", "红楼.txt"]
+    for name in names:
+        write(tmp_path / "in" / name, STORY)
+    flags = ["--input", "in", "--tokenizer", "char", "--data_dir", "d"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "prepare_data.py", *flags],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"b\udcff.txt" in done.stdout and rb"\u7ea2\u697c.txt" in done.stdout
+    assert [source["name"] for source in read_meta(tmp_path / "d")["sources"]] == names
+
+
 # ---------------------------------------------------------------- again, and differently
 
 
