@@ -212,10 +212,14 @@ class GrowingDataset:
 def read_progress(data_dir) -> dict | None:
     """The plan, the position and the counts of a GrowingDataset, None where there is none."""
     path = Path(data_dir) / UNFINISHED / "progress.json"
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {path.parent}") from None
+        progress = json.loads(path.read_text("utf-8"))
+        _ = progress["plan"]["settings"], progress["position"][1], progress["splits"]["val"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete {path.parent}") from None
+    return progress
 
 
 def save_progress(data_dir, plan, position, splits=None) -> dict:
@@ -257,6 +261,7 @@ def read_meta(data_dir) -> dict | None:
             if not isinstance(meta["splits"][split]["tokens"], int):
                 raise TypeError(split)
         _ = DTYPES[meta["dtype"]], meta["tokenizer"]["sha256"], int(meta["vocab_size"])
+        _ = {**meta["settings"]}, [source["sha256"] for source in meta["sources"]]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}); "
@@ -281,6 +286,12 @@ class TokenDataset:
             )
         self.vocab_size = self.meta["vocab_size"]
         self.tokenizer_path = self.data_dir / "tokenizer.json"
+        digest = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        if digest != self.meta["tokenizer"]["sha256"]:
+            raise ValueError(
+                f"{self.tokenizer_path} is not the one that meta.json tells of; "
+                "prepare the data set again with --overwrite"
+            )
         self.train = self._open("train")
         self.val = self._open("val")
 
