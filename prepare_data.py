@@ -780,7 +780,11 @@ def adopt(data_dir) -> dict:
             f"{data_dir / 'meta.pkl'}: not gpt2's tokens, and a pickle, which can run code, "
             "is never opened; prepare the text itself: --input TEXT --tokenizer char"
         )
-    return adopt_dataset(data_dir, GPT2Tokenizer(), {"dataset": "adopted", "tokenizer": "gpt2"})
+    if not data_dir.is_dir():
+        raise ValueError(f"--adopt {data_dir}: no such folder")
+    settings = {"dataset": "adopted", "tokenizer": "gpt2"}
+    with lock(data_dir):
+        return adopt_dataset(data_dir, GPT2Tokenizer(), settings, live_line)
 
 
 def prepare_file(path, tokenizer: str, data_dir) -> dict:

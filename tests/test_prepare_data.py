@@ -1079,4 +1079,20 @@ def test_what_is_not_gpt2s_tokens_is_not_adopted(
     assert prepare("--adopt", folder) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert (sorted(os.listdir(folder)), hashes(folder)) == before
+    assert (sorted({*os.listdir(folder)} - {".lock"}), hashes(folder)) == before
+
+
+def test_a_folder_that_is_not_there_or_in_use_is_not_adopted(nanogpts, tmp_path, capsys):
+    assert prepare("--adopt", tmp_path / "none") == 2 and not (tmp_path / "none").exists()
+    assert "none: no such folder" in capsys.readouterr().err
+    folder, _ = nanogpts
+    with utils.lock(folder):
+        assert prepare("--adopt", folder) == 2
+    assert "in use by process" in capsys.readouterr().err and read_meta(folder) is None
+
+
+def test_adopting_shows_how_far_it_is_as_all_else_does(nanogpts, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "LINE_SECONDS", 0)
+    assert prepare("--adopt", nanogpts[0]) == 0
+    size = (nanogpts[0] / "train.bin").stat().st_size
+    assert f"train.bin: {size:,} of {size:,} B, 0s left" in capsys.readouterr().err
