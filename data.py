@@ -17,7 +17,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 FORMAT = 1  # of meta.json; raised when an older reader would misread a newer data set
 UNFINISHED = ".unfinished"  # the folder, in that of the data set, where a long preparation grows
@@ -43,9 +42,11 @@ def write_dataset(data_dir, splits, tokenizer, sources=(), settings=None) -> dic
         return _describe(aside, written, tokenizer, sources, settings)
 
 
-def adopt_dataset(data_dir, tokenizer, settings=None) -> dict:
+def adopt_dataset(data_dir, tokenizer, settings, live_line) -> dict:
     """Make a data set of the train.bin and val.bin that are in data_dir already, ids of a BPE, and
     return its meta. Each is read once and stays as it is; ValueError where it holds other ids.
+
+    live_line: that of utils, or what shows progress like it.
     """
     data_dir, dtype = Path(data_dir), DTYPES[dtype_for(tokenizer)]
     paths = {split: data_dir / f"{split}.bin" for split in ("train", "val")}
@@ -55,7 +56,9 @@ def adopt_dataset(data_dir, tokenizer, settings=None) -> dict:
             raise ValueError(
                 f"{path}: {size:,} bytes are not tokens of {dtype.itemsize} bytes each"
             )
-    splits = {split: _read_tokens(path, tokenizer, dtype) for split, path in paths.items()}
+    splits = {
+        split: _read_tokens(path, tokenizer, dtype, live_line) for split, path in paths.items()
+    }
     sources = [
         {"name": path.name, "bytes": path.stat().st_size, "sha256": splits[split]["sha256"]}
         for split, path in paths.items()
@@ -64,11 +67,10 @@ def adopt_dataset(data_dir, tokenizer, settings=None) -> dict:
         return _describe(aside, splits, tokenizer, sources, settings)
 
 
-def _read_tokens(path, tokenizer, dtype):
+def _read_tokens(path, tokenizer, dtype, live_line):
     """What _write_tokens would have returned when writing path."""
     digest, counts = hashlib.sha256(), np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    bar = tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None)
-    with open(path, "rb") as file, bar:
+    with open(path, "rb") as file, live_line(path.name, path.stat().st_size, "B") as advance:
         while raw := file.read(1 << 22):
             ids = np.frombuffer(raw, dtype)
             if ids.max() >= tokenizer.vocab_size:
@@ -80,7 +82,7 @@ def _read_tokens(path, tokenizer, dtype):
                 )
             digest.update(raw)
             counts += np.bincount(ids, minlength=len(counts))
-            bar.update(len(raw))
+            advance(len(raw))
     n_bytes = sum(
         int(counts[i]) * len(tokenizer.decode_bytes([i])) for i in range(tokenizer.eot_id)
     )
@@ -103,7 +105,9 @@ def _describe(aside, splits, tokenizer, sources, settings):
         "sources": list(sources),
         "settings": dict(settings or {}),
     }
-    aside("meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False), "utf-8")
+    # a file name that is not UTF-8 has half surrogates, which JSON spells as backslashreplace does
+    text = json.dumps(meta, indent=2, ensure_ascii=False)
+    aside("meta.json").write_text(text, "utf-8", "backslashreplace")
     return meta
 
 
@@ -210,10 +214,14 @@ class GrowingDataset:
 def read_progress(data_dir) -> dict | None:
     """The plan, the position and the counts of a GrowingDataset, None where there is none."""
     path = Path(data_dir) / UNFINISHED / "progress.json"
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {path.parent}") from None
+        progress = json.loads(path.read_text("utf-8"))
+        _ = progress["plan"]["settings"], progress["position"][1], progress["splits"]["val"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete {path.parent}") from None
+    return progress
 
 
 def save_progress(data_dir, plan, position, splits=None) -> dict:
@@ -255,6 +263,7 @@ def read_meta(data_dir) -> dict | None:
             if not isinstance(meta["splits"][split]["tokens"], int):
                 raise TypeError(split)
         _ = DTYPES[meta["dtype"]], meta["tokenizer"]["sha256"], int(meta["vocab_size"])
+        _ = {**meta["settings"]}, [source["sha256"] for source in meta["sources"]]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}); "
@@ -279,6 +288,12 @@ class TokenDataset:
             )
         self.vocab_size = self.meta["vocab_size"]
         self.tokenizer_path = self.data_dir / "tokenizer.json"
+        digest = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        if digest != self.meta["tokenizer"]["sha256"]:
+            raise ValueError(
+                f"{self.tokenizer_path} is not the one that meta.json tells of; "
+                "prepare the data set again with --overwrite"
+            )
         self.train = self._open("train")
         self.val = self._open("val")
 

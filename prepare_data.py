@@ -72,11 +72,13 @@ NEEDS_HUB = "the hub and .parquet need more packages: pip install -r requirement
 
 ENDINGS = re.compile(r"\.(txt|md|jsonl)(\.gz)?$", re.IGNORECASE)
 PARQUET = re.compile(r"\.parquet$", re.IGNORECASE)
+HIDDEN = re.compile(r"(^|/)\.")
 FORMS = ".txt, .md, .jsonl (or .gz of one) or .parquet"
 TEXT_TYPES = ("string", "large_string", "string_view")  # of Arrow
 ROWS = 64  # of a parquet file, read at once
 TOKENS_SHARE = 0.8  # bytes of gpt2 tokens for a byte of parquet; for OpenWebText 0.75
 SAVE_SECONDS = 10  # of work that a kill may cost
+LISTING_SECONDS = 120  # for the names of the hub's files, some 25,000 of all of fineweb
 CHUNK = 1 << 18  # bytes read at once, and about the characters encoded at once
 LONGEST = 1 << 19  # characters; a word that is longer is cut, and its tokens with it
 BPE_VOCAB_SIZE = 4096
@@ -101,14 +103,16 @@ def find_files(inputs) -> list[tuple[str, Path]]:
     files, problems = [], []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = {file.relative_to(path).as_posix(): file for file in path.rglob("*")}
-            found = [(name, found[name]) for name in sorted(found) if _is_data(name, found[name])]
-            files += found
-            if not found:
+            found = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*"))
+            found = [(name, file) for name, file in found if not HIDDEN.search(name)]
+            files += (of_data := [(name, file) for name, file in found if _is_data(file)])
+            if not of_data:
                 problems.append(f"--input {path}: no {FORMS} in it")
+            if links := [name for name, file in found if file.is_symlink() and not file.is_file()]:
+                warn(f"--input {path}: links to folders or nothing are not followed: {_few(links)}")
         elif not path.exists():
             problems.append(f"--input {path}: no such file")
-        elif not _is_data(path.name, path):
+        elif not _is_data(path):
             problems.append(f"--input {path}: not a {FORMS}")
         else:
             files.append((path.name, path))
@@ -119,9 +123,8 @@ def find_files(inputs) -> list[tuple[str, Path]]:
     return files
 
 
-def _is_data(name, path):
-    hidden = any(part.startswith(".") for part in name.split("/"))
-    return not hidden and bool(ENDINGS.search(name) or PARQUET.search(name)) and path.is_file()
+def _is_data(path):
+    return bool(ENDINGS.search(path.name) or PARQUET.search(path.name)) and path.is_file()
 
 
 def shakespeare(data_dir) -> tuple[str, Path]:
@@ -165,15 +168,18 @@ def list_hub_files(repository, folder) -> tuple[str, list[dict]]:
     """The repository's newest revision, and what describe says of each parquet file in folder;
     sha256 is None where the hub does not tell.
     """
-    with hub_problems(repository) as hub:
-        api = hub.HfApi()
+
+    def ask(api):
         revision = api.dataset_info(repository).sha
         at = {"repo_type": "dataset", "revision": revision, "recursive": True}
-        sources = [
+        return revision, [
             {"name": file.path, "bytes": file.size, "sha256": file.lfs and file.lfs.sha256}
             for file in api.list_repo_tree(repository, folder, **at)
             if PARQUET.search(file.path)
         ]
+
+    with hub_problems(repository) as hub:  # which would wait for a silent server without end
+        revision, sources = in_thread(ask, hub.HfApi()).result(LISTING_SECONDS)
     if not sources:
         raise ValueError(
             f"{repository}: no .parquet file in {folder}; its page on the hub lists what it has, "
@@ -221,19 +227,25 @@ def hub_problems(repository):
         ) from None
 
 
-def one_ahead(function, items):
-    """map, the next result in the making meanwhile, by threads that no Ctrl-C has to wait for."""
+def in_thread(function, item) -> Future:
+    """function(item), by a thread of its own that no Ctrl-C and no error has to wait for."""
+    future = Future()
 
-    def work(item, future):
+    def work():
         try:
             future.set_result(function(item))
         except BaseException as error:
             future.set_exception(error)
 
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def one_ahead(function, items):
+    """map, the next result in the making meanwhile."""
     pending = deque()
     for item in items:
-        pending.append(Future())
-        threading.Thread(target=work, args=(item, pending[-1]), daemon=True).start()
+        pending.append(in_thread(function, item))
         if len(pending) > 1:
             yield pending.popleft().result()
     while pending:
@@ -259,6 +271,8 @@ class Text:
             ending, gz = ENDINGS.search(path.name).groups()
             read = self._read_lines if ending.lower() == "jsonl" else self._read_whole
             try:
+                if gz and path.stat().st_size == 0:
+                    raise EOFError("it is empty")  # which Python's gzip takes for no text
                 with gzip.open(path) if gz else open(path, "rb") as file:
                     yield from read(path, file)
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -426,7 +440,7 @@ def count(text, characters: set | None = None) -> int:
             if characters is not None:
                 characters.update(chunk)
     if blank:
-        names = ", ".join(str(path) for path in text.paths[:3])
+        names = _few([str(path) for path in text.paths])
         raise ValueError(f"{names}: no text, {total:,} characters of white space; name other files")
     return total
 
@@ -672,7 +686,7 @@ def unfinished(data_dir, sources, settings, overwrite) -> dict | None:
         return None
     log_row("resuming", f"with what is in {data_dir / UNFINISHED}")
     for stray in (data_dir / UNFINISHED).rglob("*.incomplete"):  # of a download that was killed
-        stray.unlink()
+        stray.unlink(missing_ok=True)  # or that ends just now: one_ahead's threads outlive an error
     return progress
 
 
@@ -766,7 +780,11 @@ def adopt(data_dir) -> dict:
             f"{data_dir / 'meta.pkl'}: not gpt2's tokens, and a pickle, which can run code, "
             "is never opened; prepare the text itself: --input TEXT --tokenizer char"
         )
-    return adopt_dataset(data_dir, GPT2Tokenizer(), {"dataset": "adopted", "tokenizer": "gpt2"})
+    if not data_dir.is_dir():
+        raise ValueError(f"--adopt {data_dir}: no such folder")
+    settings = {"dataset": "adopted", "tokenizer": "gpt2"}
+    with lock(data_dir):
+        return adopt_dataset(data_dir, GPT2Tokenizer(), settings, live_line)
 
 
 def prepare_file(path, tokenizer: str, data_dir) -> dict:
@@ -833,10 +851,12 @@ def differences(there, sources, settings) -> list[str]:
 
 
 def _names(sources):
-    """'a.txt (1,000 bytes), b.txt (20 bytes) and 7 more'"""
-    names = [f"{source['name']} ({source['bytes']:,} bytes)" for source in sources[:3]]
-    more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
-    return ", ".join(names) + more
+    """'a.txt (1,000 bytes), b.txt (20 bytes), c.txt (3 bytes) and 7 more'"""
+    return _few([f"{source['name']} ({source['bytes']:,} bytes)" for source in sources])
+
+
+def _few(names):
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def summary(meta, data_dir) -> str:
@@ -948,6 +968,8 @@ def main(argv=None) -> int:
     else:
         announce(options)
         meta = prepare(options)
+    if hasattr(sys.stdout, "reconfigure"):  # names that the terminal cannot show are no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(summary(meta, options.data_dir))
     return 0
 

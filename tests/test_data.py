@@ -14,6 +14,8 @@ from data import (
     BatchSampler,
     Permutation,
     TokenDataset,
+    read_progress,
+    save_progress,
     validation_starts,
     windows_at,
     write_dataset,
@@ -62,6 +64,32 @@ def test_bad_input_damaged_meta_is_refused(tmp_path, text):
     (tmp_path / "meta.json").write_text(text)
     with pytest.raises(ValueError, match=r"meta\.json"):
         TokenDataset(tmp_path)
+
+
+@pytest.mark.parametrize("part", [{"settings": None}, {"sources": [{}]}, {"splits": {}}])
+def test_bad_input_a_meta_with_a_damaged_part_is_refused(tmp_path, part):
+    meta = write(tmp_path, range(10))
+    (tmp_path / "meta.json").write_text(json.dumps(meta | part))
+    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+        TokenDataset(tmp_path)
+
+
+def test_bad_input_a_tokenizer_that_is_lost_or_another_is_refused(tmp_path):
+    write(tmp_path, range(10))
+    CharTokenizer.train("ab").save(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not the one.*--overwrite"):
+        TokenDataset(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        TokenDataset(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"plan": 1}', "null"])
+def test_bad_input_damaged_progress_is_refused(tmp_path, text):
+    save_progress(tmp_path, {"settings": {}}, (0, 0))
+    (tmp_path / ".unfinished" / "progress.json").write_text(text)
+    with pytest.raises(ValueError, match=r"progress\.json is damaged .* delete"):
+        read_progress(tmp_path)
 
 
 def test_bad_input_too_few_tokens_names_the_flag(tmp_path):

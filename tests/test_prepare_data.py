@@ -233,6 +233,21 @@ def test_folder_gz_md_and_jsonl_are_read_in_order(tmp_path):
     assert names == ["a.md", "b.jsonl", "c/d.TXT.gz", "c/e.jsonl.gz", "z.txt"]
 
 
+def test_a_hidden_file_is_read_when_it_is_named_itself(tmp_path):
+    assert find_files([write(tmp_path / ".a.txt", "x")]) == [(".a.txt", tmp_path / ".a.txt")]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_to_files_are_read_and_those_to_folders_are_named(tmp_path, capsys):
+    write(tmp_path / "elsewhere" / "a.txt", "x")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "b.txt").symlink_to(tmp_path / "elsewhere" / "a.txt")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "lost.txt").symlink_to(tmp_path / "nowhere")
+    assert [name for name, _ in find_files([tmp_path / "in"])] == ["b.txt"]
+    assert "links to folders or nothing are not followed: lost.txt, more" in capsys.readouterr().err
+
+
 def test_inputs_that_cannot_be_are_all_named(tmp_path):
     (tmp_path / "empty").mkdir()
     picture = write(tmp_path / "picture.png", b"")
@@ -259,6 +274,7 @@ def test_inputs_that_cannot_be_are_all_named(tmp_path):
         ("a.txt", "utf-16".encode("utf-16"), "offset 0"),
         ("a.txt.gz", gzip.compress(b"hello" * 99)[:-9], "a.txt.gz: not a whole gzip file"),
         ("a.txt.gz", b"hello", "a.txt.gz: not a whole gzip file"),
+        ("a.txt.gz", b"", "a.txt.gz: not a whole gzip file (it is empty)"),
         ("a.txt", b"", "no text, 0 characters"),
         ("a.txt", " \n\t\u3000".encode(), "no text, 4 characters"),
         ("a.jsonl", b"\n\n", "no text"),
@@ -301,6 +317,23 @@ def test_errors_replace_goes_on_and_counts(chunk, tmp_path, monkeypatch, capsys)
     assert "6 replacements" in capsys.readouterr().err  # the file's own two are not counted
     decoded = load_tokenizer(tmp_path / "d" / "tokenizer.json").decode(ids_of(tmp_path / "d"))
     assert decoded == raw.decode("utf-8", "replace") + "\ufffd!\ufffd"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_file_names_that_are_not_utf8_or_cannot_be_printed_are_kept(tmp_path):
+    names = ["b\udcff.txt", "红楼.txt"]
+    for name in names:
+        write(tmp_path / "in" / name, STORY)
+    flags = ["--input", "in", "--tokenizer", "char", "--data_dir", "d"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "prepare_data.py", *flags],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"b\udcff.txt" in done.stdout and rb"\u7ea2\u697c.txt" in done.stdout
+    assert [source["name"] for source in read_meta(tmp_path / "d")["sources"]] == names
 
 
 # ---------------------------------------------------------------- again, and differently
@@ -957,6 +990,33 @@ def test_hub_problems_are_one_line_each_and_the_same_command_goes_on(
     assert "pip install -r requirements-hub.txt" in capsys.readouterr().err
 
 
+def test_a_hub_that_never_answers_is_given_up(serve, tmp_path, monkeypatch, capsys):
+    serve(Hub("HuggingFaceFW/fineweb", fineweb()[0], slow=1))
+    monkeypatch.setattr(prepare_data, "LISTING_SECONDS", 0.05)
+    assert prepare(*FINEWEB, "--data_dir", tmp_path / "d") == 2
+    assert "cannot be had from http://127.0.0.1" in capsys.readouterr().err
+
+
+def test_a_download_that_ends_while_the_next_run_clears_up_is_no_error(tmp_path, monkeypatch):
+    """After an error the thread that fetches the next file may still be about to rename it."""
+    source, data_dir = write(tmp_path / "a.parquet", parquet(documents(0, 50))), tmp_path / "d"
+    flags = ("--input", source, "--tokenizer", "bpe", "--vocab_size", 257, "--data_dir", data_dir)
+    monkeypatch.setattr(prepare_data, "TOKENS_SHARE", 1e15)
+    assert prepare(*flags) == 4 and (data_dir / ".unfinished").exists()
+    monkeypatch.setattr(prepare_data, "TOKENS_SHARE", 1)
+    write(data_dir / ".unfinished" / "download" / "b.incomplete", b"half")
+    plain, cleared = Path.unlink, []
+
+    def unlink(path, *args, **kwargs):
+        if path.name == "b.incomplete":
+            cleared.append(path)
+            os.rename(path, path.with_name("b.parquet"))
+        plain(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert prepare(*flags) == 0 and len(cleared) == 1
+
+
 # ---------------------------------------------------------------- from nanoGPT
 
 
@@ -1019,4 +1079,20 @@ def test_what_is_not_gpt2s_tokens_is_not_adopted(
     assert prepare("--adopt", folder) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert (sorted(os.listdir(folder)), hashes(folder)) == before
+    assert (sorted({*os.listdir(folder)} - {".lock"}), hashes(folder)) == before
+
+
+def test_a_folder_that_is_not_there_or_in_use_is_not_adopted(nanogpts, tmp_path, capsys):
+    assert prepare("--adopt", tmp_path / "none") == 2 and not (tmp_path / "none").exists()
+    assert "none: no such folder" in capsys.readouterr().err
+    folder, _ = nanogpts
+    with utils.lock(folder):
+        assert prepare("--adopt", folder) == 2
+    assert "in use by process" in capsys.readouterr().err and read_meta(folder) is None
+
+
+def test_adopting_shows_how_far_it_is_as_all_else_does(nanogpts, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "LINE_SECONDS", 0)
+    assert prepare("--adopt", nanogpts[0]) == 0
+    size = (nanogpts[0] / "train.bin").stat().st_size
+    assert f"train.bin: {size:,} of {size:,} B, 0s left" in capsys.readouterr().err
