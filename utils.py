@@ -106,8 +106,16 @@ def warn(message: str):
 
 def _log(text):
     if rank() == 0:
+        _print(text)
+
+
+def _print(text):
+    """text on stderr, in one piece; where its reader has gone (`| head`), the work goes on."""
+    try:
         with tqdm.external_write_mode(file=sys.stderr):  # a live line makes room and comes back
-            print(text, file=sys.stderr, flush=True)
+            print(f"{text}\n", end="", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def command_for(script: str, *words) -> str:
@@ -236,9 +244,7 @@ def run(main, argv=None) -> int:
         elif os.environ.get("LOCAL_RANK", "0") != "0":
             return code  # one a machine says it
         for line in _one_line_each(error):
-            line = laid_out(line, prefix, "red")
-            with tqdm.external_write_mode(file=sys.stderr):
-                print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one piece
+            _print(laid_out(line, prefix, "red"))
         return code
 
 

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -685,6 +686,20 @@ def test_no_flags_but_the_text_fit_themselves_to_a_tiny_text(tmp_path, monkeypat
     assert (
         run(training.main, ["--data", "note.txt", "--tokenizer", "char", "--max_iters", "3"]) == 0
     )
+
+
+def test_a_run_whose_messages_nobody_reads_goes_on_to_its_end(config):
+    """`python train.py 2>&1 | head` is no reason to stop, and to call it done."""
+
+    def unheard():
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+        sys.stderr = open(2, "w", closefd=False)
+        return main(config)
+
+    assert in_child(unheard) == 0
+    assert saved(config)["step"] == 40
 
 
 def test_learning_rate_logged_is_that_of_the_schedule(config):
