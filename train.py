@@ -423,10 +423,8 @@ class Trainer:
             due.append(checkpoint.NUMBERED)
         if last:
             due.append(checkpoint.FINAL)
-        if val_loss is not None:
-            due.append(checkpoint.LATEST)
-        if due:
-            self.save(*due)
+        if due or val_loss is not None:
+            self.save(*due, checkpoint.LATEST)
 
     def save(self, *names):
         """Write the state under these names; the first process does."""

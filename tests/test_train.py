@@ -448,6 +448,13 @@ def test_resume_survives_damage_to_the_latest(config, capfd):
     assert same(saved(config)["model"], saved(undisturbed)["model"]) or torch.get_num_threads() > 1
 
 
+def test_resume_goes_on_from_a_numbered_checkpoint_newer_than_the_last_evaluation(config, capfd):
+    config = replace(config, eval_interval=20, checkpoint_interval=5)
+    assert in_child(killed_at, config, 17) == -signal.SIGKILL
+    assert in_child(main, config) == 0
+    assert "checkpoint.pt (the newest intact checkpoint), step 15" in capfd.readouterr().err
+
+
 def test_resume_goes_on_in_the_same_folder_with_no_doubled_points(config):
     in_child(killed_at, config, 27)
     assert in_child(main, config) == 0
