@@ -219,15 +219,16 @@ class Trainer:
                     self.check_initial_loss(loss.item())
                 last = self.step == step_limit
                 evaluating = last or self.step % config.eval_interval == 0
+                val_loss = None
                 if evaluating or self.step % config.log_interval == 0:
                     record = self.measure(loss, grad_norm)
                     if evaluating:
-                        record["val_loss"] = self.evaluate()
+                        record["val_loss"] = val_loss = self.evaluate()
                     self.log.write(record, self.sample() if evaluating else None)
                 if evaluating:
                     last = last or self.out_of_patience()
                 with self.log.paused():
-                    self.save_what_is_due(record["val_loss"] if evaluating else None, last)
+                    self.save_what_is_due(val_loss, last)
                 signum = self.stop.asked()
                 if last:
                     break
@@ -410,13 +411,15 @@ class Trainer:
         self.run_name = state["run"]
 
     def save_what_is_due(self, val_loss, last):
-        """The checkpoints that are due after a step; val_loss is None where none was measured.
+        """The checkpoints that are due after a step; val_loss is None where none was measured, and
+        is no best one where it is not finite.
 
         checkpoint.pt comes last: after a kill between two of them the step is made again, and with
         it the files that were missing.
         """
         due = []
-        if val_loss is not None and (self.best_val_loss is None or val_loss < self.best_val_loss):
+        best = math.inf if self.best_val_loss is None else self.best_val_loss
+        if val_loss is not None and val_loss < best:
             self.best_val_loss = val_loss
             due.append(checkpoint.BEST)
         if self.step % self.config.checkpoint_interval == 0:
@@ -442,8 +445,7 @@ class Trainer:
 
     def out_of_patience(self) -> bool:
         """Whether the last `patience` evaluations brought nothing better."""
-        losses = [record["val_loss"] for record in self.log.records if "val_loss" in record]
-        patience = self.config.patience
+        losses, patience = self.log.val_losses(), self.config.patience
         if patience is None or not losses or losses.index(min(losses)) >= len(losses) - patience:
             return False
         log_row("patience", f"no better validation loss in {patience} evaluations: stopping")

@@ -368,17 +368,25 @@ class RunLog:
         self.since += time.perf_counter() - began
 
     def write(self, record: dict, sample: str | None = None):
-        """Log one step; adds `seconds` since the first step, summed over resumes."""
+        """Log one step; adds `seconds` since the first step, summed over resumes. A number that is
+        not finite, as of a step that float16 has skipped, becomes None: JSON has no word for it.
+        """
         elapsed = time.perf_counter() - self.started
+        left = elapsed / (record["step"] - self.first_step) * (self.total - record["step"])
+        self._show(record, left)
         record["seconds"] = self.seconds_before + elapsed
+        record |= {name: None for name, v in record.items() if v and not math.isfinite(v)}
         self.records.append(record)
         if self.writer is not None:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
             self._write_events(record, sample)
-        left = elapsed / (record["step"] - self.first_step) * (self.total - record["step"])
-        self._show(record, left)
         self.since = time.perf_counter()
+
+    def val_losses(self) -> list[float]:
+        """Of all evaluations so far; infinite where one was not finite."""
+        losses = [record["val_loss"] for record in self.records if "val_loss" in record]
+        return [math.inf if loss is None else loss for loss in losses]
 
     def _write_events(self, record, sample):
         step = record["step"]
@@ -388,10 +396,9 @@ class RunLog:
                 self.writer.add_scalar(tags.get(name, name), record[name], step)
         if (memory := peak_mb(self.device)) is not None:
             self.writer.add_scalar("memory_mb", memory, step)
-        if "val_loss" in record:
+        if record.get("val_loss") is not None:
             self.writer.add_scalar("perplexity/val", perplexity(record["val_loss"]), step)
-            losses = [record["val_loss"] for record in self.records if "val_loss" in record]
-            self.writer.add_scalar("best_val_loss", min(losses), step)
+            self.writer.add_scalar("best_val_loss", min(self.val_losses()), step)
         if sample is not None:
             self.writer.add_text("sample", f"```\n{sample}\n```", step)
             self.writer.flush()

@@ -548,6 +548,26 @@ def test_float16_skips_some_steps_but_not_without_end(config, monkeypatch):
         train(elsewhere(config, f"{config.log_dir}/again"))
 
 
+def test_what_is_not_finite_is_null_in_metrics_and_never_the_best(config, monkeypatch, capfd):
+    """A float16 step that was skipped, and an evaluation that overflowed; resumed, too."""
+    poisoned_at(monkeypatch, {3})
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {10: math.nan}.get(self.step, 3.0))
+    config = replace(config, dtype="float16", patience=2)
+    for steps in (12, 30):
+        train(replace(config, max_iters=steps))
+
+    def no_json(word):
+        raise ValueError(f"{word} is not JSON")
+
+    (path,) = Path(config.log_dir).glob("*/metrics.jsonl")
+    records = [json.loads(line, parse_constant=no_json) for line in path.open()]
+    assert records[3]["grad_norm"] is None and records[3]["loss"] > 0
+    assert [r["val_loss"] for r in records if "val_loss" in r] == [None, 3.0, 3.0, 3.0]
+    assert saved(config, "best_checkpoint.pt")["step"] == 12
+    err = capfd.readouterr().err
+    assert "norm nan" in err and "val loss nan" in err
+
+
 def test_a_first_loss_far_from_ln_v_is_warned_of(config, monkeypatch, capfd):
     train(replace(config, max_iters=1))
     assert "warning" not in capfd.readouterr().err
