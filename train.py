@@ -81,6 +81,12 @@ class NonFiniteError(Exception):
     exit_code = 5
 
 
+class OwnError(ValueError):
+    """What one process has found for itself alone, and has to say itself: see utils.run."""
+
+    own = True
+
+
 class Interrupted(Exception):
     def __init__(self, signum, message):
         super().__init__(message)
@@ -132,11 +138,14 @@ def train(
             trainer = Trainer(config, dataset, state, stop, start)
             del state  # or all of it would be in memory as long as the run
             trainer.describe(why)
-            if eval_only:
-                return {"step": trainer.step, "val_loss": trainer.evaluate()}
-            if fresh:
-                from_first(lambda: set_aside(folder))
-            return trainer.run()
+            try:
+                if eval_only:
+                    return {"step": trainer.step, "val_loss": trainer.evaluate()}
+                if fresh:
+                    from_first(lambda: set_aside(folder))
+                return trainer.run()
+            except ValueError as error:  # in the data, of which each process sees another part
+                raise OwnError(str(error)) from error
 
 
 class Trainer:
@@ -737,8 +746,10 @@ def main(argv=None) -> int:
     config = with_preset(config, chosen, start)
     try:
         last = train(config, options.resume, options.fresh, start, options.eval_only)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(OUT_OF_MEMORY.format(config)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OwnError(OUT_OF_MEMORY.format(config)) from error
     except Interrupted as stopped:
         say_how_to_go_on(stopped, sys.argv[1:] if argv is None else argv)
         return stopped.exit_code
@@ -782,8 +793,14 @@ def prepare_for(options, data_dir, start) -> str:
     return data_dir
 
 
+def is_out_of_memory(error) -> bool:
+    """CUDA and numpy have an exception for it; a CPU's allocator and Apple's only say so."""
+    said = "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 OUT_OF_MEMORY = (
-    "out of memory on the device: lower --batch_size (now {0.batch_size}) and raise "
+    "out of memory: lower --batch_size (now {0.batch_size}) and raise "
     "--gradient_accumulation_steps (now {0.gradient_accumulation_steps}) as much, which gives the "
     "same result; or a shorter --block_size, or a smaller --preset"
 )

@@ -220,7 +220,7 @@ def run(main, argv=None) -> int:
 
     2 bad input (ValueError, a file that cannot be read), 4 could not write (any other OSError),
     130 Ctrl-C, 0 a closed pipe; an exception's own `exit_code` goes first. --debug adds the
-    traceback.
+    traceback. Of several processes each says what is its `own`, one a machine what all have met.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -239,10 +239,10 @@ def run(main, argv=None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         prefix = "" if code > 128 else "error: "  # being interrupted is no error
-        if world_size() > 1 and code in (1, 4):
+        if world_size() > 1 and (code in (1, 4) or getattr(error, "own", False)):
             prefix = f"process {rank()}: {prefix}"  # others may fare otherwise
         elif os.environ.get("LOCAL_RANK", "0") != "0":
-            return code  # one a machine says it
+            return code
         for line in _one_line_each(error):
             _print(laid_out(line, prefix, "red"))
         return code

@@ -680,9 +680,19 @@ def test_bad_input_no_data_set(config, capfd, tmp_path):
     assert "prepare_data.py" in errors(capfd)[0]
 
 
-def test_out_of_memory_is_one_line_with_the_remedy(config, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:128] . DefaultCPUAllocator: can't allocate"),
+        MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)"),
+    ],
+    ids=["cuda", "mps", "cpu", "numpy"],
+)
+def test_out_of_memory_is_one_line_with_the_remedy(config, capfd, monkeypatch, error):
     def no_memory(self):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
     monkeypatch.setattr(Trainer, "update", no_memory)
     assert main(config) == 2

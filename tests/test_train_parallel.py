@@ -267,6 +267,17 @@ def test_a_number_that_is_not_finite_in_one_process_stops_all_before_the_step(co
     assert err.count("error:") == 1 and "near step 7" in err
 
 
+def test_what_is_wrong_with_the_data_of_one_process_is_said_by_it(config, capfd):
+    alone = Trainer(config, TokenDataset(config.data_dir))
+    place = alone.sampler.starts(5, 1)[0] + 8  # in the first batch of process 1 at step 6
+    path = Path(config.data_dir) / "train.bin"
+    data = bytearray(path.read_bytes())
+    data[2 * place : 2 * place + 2] = b"\xff\xff"
+    path.write_bytes(data)
+    assert in_processes(2, main, replace(config, peer_timeout=5)) == [1, 2]
+    assert f"process 1: error: token id 65535 at position {place}" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("lost", [1, 2])
 def test_a_process_that_hangs_is_named_within_the_stated_time(config, capfd, lost):
     def hanging():
