@@ -32,7 +32,8 @@ from config import GPT2_CONFIGS, GPT2Config
 from convert import load_model, load_state
 from data import BatchSampler, TokenDataset
 from evaluate import mean_loss, to
-from generate import sample_text
+from generate import check_prompts, sample_text
+from generate import problems as sampling_problems
 from model import GPT2
 from optim import (
     learning_rate,
@@ -744,6 +745,9 @@ def main(argv=None) -> int:
         )
         chosen.add("data_dir")
     config = with_preset(config, chosen, start)
+    if options.prompt is not None:  # a run is too long to find out at its end
+        tokenizer = load_tokenizer(TokenDataset(config.data_dir).tokenizer_path)
+        check_prompts(tokenizer, [options.prompt])
     try:
         last = train(config, options.resume, options.fresh, start, options.eval_only)
     except (MemoryError, RuntimeError) as error:
@@ -843,6 +847,7 @@ def parse(argv):
         from_file, unknown_names = settings.read_config_file(options.config)
     config = replace(GPT2Config(), **(from_file | values))
     found += wrong + unknown_names + settings.problems(config)
+    found += sampling_problems({"max_new_tokens": options.max_new_tokens})
     if options.tokenizer and not options.data:
         found.append("--tokenizer: only with --data FILE; a prepared data set has its own")
     if found:

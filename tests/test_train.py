@@ -716,6 +716,16 @@ def test_data_flag_prepares_trains_and_prints_a_sample(tmp_path, monkeypatch, ca
     assert out.startswith("It was") and len(out.rstrip("\n")) <= len("It was") + 20
 
 
+@pytest.mark.parametrize(
+    "more, words",
+    [(["--prompt", "café"], "U+00E9"), (["--max_new_tokens", "-3"], "--max_new_tokens -3")],
+)
+def test_bad_input_for_the_sample_is_told_before_training(config, capfd, more, words):
+    assert main(config, *more) == 2
+    assert words in errors(capfd)[0]
+    assert not Path(config.checkpoint_dir).exists()
+
+
 def test_no_flags_but_the_text_fit_themselves_to_a_tiny_text(tmp_path, monkeypatch):
     text = tmp_path / "note.txt"
     text.write_text("a small note, hardly anything at all. " * 8)
