@@ -438,11 +438,13 @@ def perplexity(loss: float) -> float:
 
 
 def _new_name(log_dir):
-    """A dated folder name that log_dir does not have yet."""
+    """The name of a new, dated folder in log_dir, which no other run can have taken too."""
     name = time.strftime("%Y-%m-%d_%H-%M-%S")
-    while (log_dir / name).exists():
+    while True:
+        with contextlib.suppress(FileExistsError):
+            (log_dir / name).mkdir(parents=True)
+            return name
         name += "_"
-    return name
 
 
 def _read_records(path):
@@ -714,6 +716,7 @@ def derived_seed(*numbers: int) -> int:
 # dense bf16/fp16 tensor-core peaks in FLOP/s, from the makers' data sheets
 PEAK_FLOPS = {
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -730,30 +733,28 @@ def pick_device(name: str | None = None) -> tuple[torch.device, str]:
 
     On CUDA each process of a machine has a device of its own.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = {"cuda": cuda, "mps": mps, "cpu": True}
+    why = "as asked"
     if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank), torch.cuda.get_device_name(local_rank)
-        if torch.backends.mps.is_available():
-            return torch.device("mps"), "Apple GPU"
-        return torch.device("cpu"), f"no GPU found, {_count(torch.get_num_threads(), 'thread')}"
+        name = next(kind for kind, is_there in there.items() if is_there)
+        threads = torch.get_num_threads()
+        no_gpu = f"no GPU found, {threads} thread{'s' * (threads != 1)}"
+        why = {"cuda": "", "mps": "Apple GPU", "cpu": no_gpu}[name]
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, mps or cpu") from None
-    if name == "cuda":
-        device = torch.device("cuda", local_rank)
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if device.type not in ("cuda", "mps", "cpu") or not there.get(device.type, lambda: True)():
+    if not there.get(device.type):
         raise ValueError(f"--device {name}: this machine or this torch has none; try --device cpu")
+    if name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        gpus = _count(torch.cuda.device_count(), "GPU")
-        raise ValueError(f"--device {name}: this machine has {gpus}, the first is cuda:0")
-    return device, "as asked"
-
-
-def _count(number, noun):
-    return f"{number} {noun}{'s' * (number != 1)}"
+        raise ValueError(
+            f"--device {device}: this machine shows {torch.cuda.device_count()} GPUs, the first is "
+            "cuda:0; each of its processes takes one"
+        )
+    return device, why or torch.cuda.get_device_name(device)
 
 
 def pick_dtype(device: torch.device) -> str:
@@ -778,7 +779,9 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda" or dtype not in ("bfloat16", "float16"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    other = r"(?! (PCIe|NVL|Ti|D|Laptop)\b)"  # a name that goes on so is another GPU's
+    found = (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b{other}", name))
+    return next(found, None)
 
 
 def peak_mb(device: torch.device) -> float | None:
