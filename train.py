@@ -520,22 +520,39 @@ class Trainer:
 
 def compile_model(trainer):
     """The compiled model, tried on one batch; the plain one where a process cannot compile."""
-    model, reason = torch.compile(trainer.raw_model), None
-    log_row("compiling", "the model (about a minute)")
-    try:
+
+    def try_on_a_batch():
         x, y = trainer.to_device(trainer.sampler.batch(0))
         with autocast(trainer.device, trainer.config.dtype):
             model(x, y)[1].backward()
+
+    def try_on_a_number():
+        torch.compile(torch.exp)(torch.ones((), device=trainer.device))
+
+    model = torch.compile(trainer.raw_model)
+    log_row("compiling", "the model (about a minute)")
+    # one that fails inside a sharded model leaves the others waiting for it there
+    reason = why_not_in_all(try_on_a_number) if trainer.sharded else None
+    reason = reason or why_not_in_all(try_on_a_batch)
+    trainer.raw_model.zero_grad(set_to_none=True)
+    if reason is not None:
+        warn(f"torch.compile does not work here ({reason}); training goes on without it")
+    return trainer.raw_model if reason else model
+
+
+def why_not_in_all(function) -> str | None:
+    """Call function in every process; None, or in all of them why it failed in the first that did.
+
+    Compilers fail in many ways, none of which needs to end a run; lacking memory does.
+    """
+    reason = None
+    try:
+        function()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # compilers fail in many ways, none of which needs to end a run
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-    finally:
-        trainer.raw_model.zero_grad(set_to_none=True)
-    reasons = [reason for reason in gather_from_processes([reason]) if reason is not None]
-    if reasons:
-        warn(f"torch.compile does not work here ({reasons[0]}); training goes on without it")
-    return trainer.raw_model if reasons else model
+    return next((reason for reason in gather_from_processes([reason]) if reason is not None), None)
 
 
 # ---------------------------------------------------------------- several processes

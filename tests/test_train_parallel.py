@@ -146,7 +146,8 @@ def test_compiled_processes_give_the_numbers_of_one_plain_one(config, parallel, 
             assert one[key] == pytest.approx(other[key], abs=1e-5)
 
 
-def test_where_one_process_cannot_compile_none_does(config, capfd):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_where_one_process_cannot_compile_none_does(config, capfd, parallel):
     """A stand-in for torch.compile: it fails in process 1, and does nothing in process 0."""
 
     def compile_in_first(model):
@@ -159,7 +160,7 @@ def test_where_one_process_cannot_compile_none_does(config, capfd):
 
     def patched():
         torch.compile = compile_in_first
-        return main(replace(config, compile=True, max_iters=2))
+        return main(replace(config, compile=True, max_iters=2, parallel=parallel, peer_timeout=10))
 
     assert in_processes(2, patched) == [0, 0]
     err = capfd.readouterr().err
