@@ -137,7 +137,7 @@ def train(
             if not fresh:
                 state = outline_from_first(lambda: find_checkpoint(config, dataset, resume))
             trainer = Trainer(config, dataset, state, stop, start)
-            del state  # or all of it would be in memory as long as the run
+            del state, start  # or all of it would be in memory as long as the run
             trainer.describe(why)
             try:
                 if eval_only:
@@ -765,8 +765,10 @@ def main(argv=None) -> int:
     if options.prompt is not None:  # a run is too long to find out at its end
         tokenizer = load_tokenizer(TokenDataset(config.data_dir).tokenizer_path)
         check_prompts(tokenizer, [options.prompt])
+    given = [start]
+    del start  # train alone has it now, and lets it go
     try:
-        last = train(config, options.resume, options.fresh, start, options.eval_only)
+        last = train(config, options.resume, options.fresh, given.pop(), options.eval_only)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

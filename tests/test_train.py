@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -793,6 +794,25 @@ def test_init_from_resumes_saves_the_best_and_generates_bit_exactly(config, tmp_
     assert saved(config, "best_checkpoint.pt")["best_val_loss"] == min(
         record["val_loss"] for record in logged(config) if "val_loss" in record
     )
+
+
+def test_init_from_keeps_what_it_began_with_no_longer_than_needed(config, tmp_path, monkeypatch):
+    path, tables, held = pretrained(config, tmp_path / "other"), [], []
+    load, update = training.load_state, Trainer.update
+
+    def watched(spec):
+        state, name = load(spec)
+        tables.append(weakref.ref(state["model"]["transformer.wte.weight"]))
+        return state, name
+
+    def step(trainer):
+        held.append(tables[0]() is not None)
+        return update(trainer)
+
+    monkeypatch.setattr(training, "load_state", watched)
+    monkeypatch.setattr(Trainer, "update", step)
+    assert main(replace(config, max_iters=2), "--init_from", str(path)) == 0
+    assert held == [False, False]
 
 
 def test_init_from_crops_the_table_of_positions(config, tmp_path):
