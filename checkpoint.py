@@ -122,6 +122,8 @@ def fsync_folder(folder):
 
 def _why_not_written(path, state, error):
     needed = sum(t.numel() * t.element_size() for _, t in _tensors(state))
+    if not isinstance(error, OSError):  # torch's own words hide the system's
+        error = error.__context__ or error
     line = f"could not write {path}: {getattr(error, 'strerror', None) or error}"
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(path.parent).free

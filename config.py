@@ -210,14 +210,17 @@ def problems(config: GPT2Config) -> list[str]:
     positive = "batch_size gradient_accumulation_steps eval_interval eval_iters patience"
     for name in f"{positive} checkpoint_interval log_interval".split():
         require(name, lambda v: v >= 1, "must be at least 1")
-    for name in "max_iters warmup_iters keep_checkpoints seed".split():
+    for name in "max_iters warmup_iters keep_checkpoints".split():
         require(name, lambda v: v >= 0, "must not be negative")
+    require("seed", lambda v: 0 <= v < 2**63, "must be from 0 to 2**63 - 1")
     for name in ("dropout", "beta1", "beta2"):
         require(name, lambda v: 0 <= v < 1, "must be in [0, 1)")
     require("learning_rate", lambda v: 0 < v < math.inf, "must be a positive number")
     require("weight_decay", lambda v: 0 <= v < math.inf, "must not be negative")
-    require("peer_timeout", lambda v: 0 < v < math.inf, "must be a positive number of seconds")
+    require("peer_timeout", lambda v: 0 < v <= 1e9, "must be positive, at most 1e9 seconds")
     require("grad_clip", lambda v: 0 < v < math.inf, "must be positive; `none` turns clipping off")
+    if dtype_name(config.dtype) == "float64" and str(config.device).startswith("mps"):
+        found.append("--dtype float64: Apple GPUs have none; float32, or --device cpu")
     if config.parallel == "fsdp" and dtype_name(config.dtype) == "float16":
         found.append(
             "--dtype float16: not with --parallel fsdp, which has no loss scaling; bfloat16"

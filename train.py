@@ -32,7 +32,8 @@ from config import GPT2_CONFIGS, GPT2Config
 from convert import load_model, load_state
 from data import BatchSampler, TokenDataset
 from evaluate import mean_loss, to
-from generate import sample_text
+from generate import check_prompts, sample_text
+from generate import problems as sampling_problems
 from model import GPT2
 from optim import (
     learning_rate,
@@ -79,6 +80,12 @@ MOST_SKIPPED = 20  # steps in a row that float16 may skip while its loss scale s
 
 class NonFiniteError(Exception):
     exit_code = 5
+
+
+class OwnError(ValueError):
+    """What one process has found for itself alone, and has to say itself: see utils.run."""
+
+    own = True
 
 
 class Interrupted(Exception):
@@ -130,13 +137,16 @@ def train(
             if not fresh:
                 state = outline_from_first(lambda: find_checkpoint(config, dataset, resume))
             trainer = Trainer(config, dataset, state, stop, start)
-            del state  # or all of it would be in memory as long as the run
+            del state, start  # or all of it would be in memory as long as the run
             trainer.describe(why)
-            if eval_only:
-                return {"step": trainer.step, "val_loss": trainer.evaluate()}
-            if fresh:
-                from_first(lambda: set_aside(folder))
-            return trainer.run()
+            try:
+                if eval_only:
+                    return {"step": trainer.step, "val_loss": trainer.evaluate()}
+                if fresh:
+                    from_first(lambda: set_aside(folder))
+                return trainer.run()
+            except ValueError as error:  # in the data, of which each process sees another part
+                raise OwnError(str(error)) from error
 
 
 class Trainer:
@@ -219,15 +229,16 @@ class Trainer:
                     self.check_initial_loss(loss.item())
                 last = self.step == step_limit
                 evaluating = last or self.step % config.eval_interval == 0
+                val_loss = None
                 if evaluating or self.step % config.log_interval == 0:
                     record = self.measure(loss, grad_norm)
                     if evaluating:
-                        record["val_loss"] = self.evaluate()
+                        record["val_loss"] = val_loss = self.evaluate()
                     self.log.write(record, self.sample() if evaluating else None)
                 if evaluating:
                     last = last or self.out_of_patience()
                 with self.log.paused():
-                    self.save_what_is_due(record["val_loss"] if evaluating else None, last)
+                    self.save_what_is_due(val_loss, last)
                 signum = self.stop.asked()
                 if last:
                     break
@@ -410,23 +421,23 @@ class Trainer:
         self.run_name = state["run"]
 
     def save_what_is_due(self, val_loss, last):
-        """The checkpoints that are due after a step; val_loss is None where none was measured.
+        """The checkpoints that are due after a step; val_loss is None where none was measured, and
+        is no best one where it is not finite.
 
         checkpoint.pt comes last: after a kill between two of them the step is made again, and with
         it the files that were missing.
         """
         due = []
-        if val_loss is not None and (self.best_val_loss is None or val_loss < self.best_val_loss):
+        best = math.inf if self.best_val_loss is None else self.best_val_loss
+        if val_loss is not None and val_loss < best:
             self.best_val_loss = val_loss
             due.append(checkpoint.BEST)
         if self.step % self.config.checkpoint_interval == 0:
             due.append(checkpoint.NUMBERED)
         if last:
             due.append(checkpoint.FINAL)
-        if val_loss is not None:
-            due.append(checkpoint.LATEST)
-        if due:
-            self.save(*due)
+        if due or val_loss is not None:
+            self.save(*due, checkpoint.LATEST)
 
     def save(self, *names):
         """Write the state under these names; the first process does."""
@@ -444,8 +455,7 @@ class Trainer:
 
     def out_of_patience(self) -> bool:
         """Whether the last `patience` evaluations brought nothing better."""
-        losses = [record["val_loss"] for record in self.log.records if "val_loss" in record]
-        patience = self.config.patience
+        losses, patience = self.log.val_losses(), self.config.patience
         if patience is None or not losses or losses.index(min(losses)) >= len(losses) - patience:
             return False
         log_row("patience", f"no better validation loss in {patience} evaluations: stopping")
@@ -510,22 +520,39 @@ class Trainer:
 
 def compile_model(trainer):
     """The compiled model, tried on one batch; the plain one where a process cannot compile."""
-    model, reason = torch.compile(trainer.raw_model), None
-    log_row("compiling", "the model (about a minute)")
-    try:
+
+    def try_on_a_batch():
         x, y = trainer.to_device(trainer.sampler.batch(0))
         with autocast(trainer.device, trainer.config.dtype):
             model(x, y)[1].backward()
+
+    def try_on_a_number():
+        torch.compile(torch.exp)(torch.ones((), device=trainer.device))
+
+    model = torch.compile(trainer.raw_model)
+    log_row("compiling", "the model (about a minute)")
+    # one that fails inside a sharded model leaves the others waiting for it there
+    reason = why_not_in_all(try_on_a_number) if trainer.sharded else None
+    reason = reason or why_not_in_all(try_on_a_batch)
+    trainer.raw_model.zero_grad(set_to_none=True)
+    if reason is not None:
+        warn(f"torch.compile does not work here ({reason}); training goes on without it")
+    return trainer.raw_model if reason else model
+
+
+def why_not_in_all(function) -> str | None:
+    """Call function in every process; None, or in all of them why it failed in the first that did.
+
+    Compilers fail in many ways, none of which needs to end a run; lacking memory does.
+    """
+    reason = None
+    try:
+        function()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # compilers fail in many ways, none of which needs to end a run
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-    finally:
-        trainer.raw_model.zero_grad(set_to_none=True)
-    reasons = [reason for reason in gather_from_processes([reason]) if reason is not None]
-    if reasons:
-        warn(f"torch.compile does not work here ({reasons[0]}); training goes on without it")
-    return trainer.raw_model if reasons else model
+    return next((reason for reason in gather_from_processes([reason]) if reason is not None), None)
 
 
 # ---------------------------------------------------------------- several processes
@@ -735,10 +762,17 @@ def main(argv=None) -> int:
         )
         chosen.add("data_dir")
     config = with_preset(config, chosen, start)
+    if options.prompt is not None:  # a run is too long to find out at its end
+        tokenizer = load_tokenizer(TokenDataset(config.data_dir).tokenizer_path)
+        check_prompts(tokenizer, [options.prompt])
+    given = [start]
+    del start  # train alone has it now, and lets it go
     try:
-        last = train(config, options.resume, options.fresh, start, options.eval_only)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(OUT_OF_MEMORY.format(config)) from error
+        last = train(config, options.resume, options.fresh, given.pop(), options.eval_only)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OwnError(OUT_OF_MEMORY.format(config)) from error
     except Interrupted as stopped:
         say_how_to_go_on(stopped, sys.argv[1:] if argv is None else argv)
         return stopped.exit_code
@@ -782,8 +816,14 @@ def prepare_for(options, data_dir, start) -> str:
     return data_dir
 
 
+def is_out_of_memory(error) -> bool:
+    """CUDA and numpy have an exception for it; a CPU's allocator and Apple's only say so."""
+    said = "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 OUT_OF_MEMORY = (
-    "out of memory on the device: lower --batch_size (now {0.batch_size}) and raise "
+    "out of memory: lower --batch_size (now {0.batch_size}) and raise "
     "--gradient_accumulation_steps (now {0.gradient_accumulation_steps}) as much, which gives the "
     "same result; or a shorter --block_size, or a smaller --preset"
 )
@@ -826,6 +866,7 @@ def parse(argv):
         from_file, unknown_names = settings.read_config_file(options.config)
     config = replace(GPT2Config(), **(from_file | values))
     found += wrong + unknown_names + settings.problems(config)
+    found += sampling_problems({"max_new_tokens": options.max_new_tokens})
     if options.tokenizer and not options.data:
         found.append("--tokenizer: only with --data FILE; a prepared data set has its own")
     if found:

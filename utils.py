@@ -106,8 +106,16 @@ def warn(message: str):
 
 def _log(text):
     if rank() == 0:
+        _print(text)
+
+
+def _print(text):
+    """text on stderr, in one piece; where its reader has gone (`| head`), the work goes on."""
+    try:
         with tqdm.external_write_mode(file=sys.stderr):  # a live line makes room and comes back
-            print(text, file=sys.stderr, flush=True)
+            print(f"{text}\n", end="", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def command_for(script: str, *words) -> str:
@@ -212,7 +220,7 @@ def run(main, argv=None) -> int:
 
     2 bad input (ValueError, a file that cannot be read), 4 could not write (any other OSError),
     130 Ctrl-C, 0 a closed pipe; an exception's own `exit_code` goes first. --debug adds the
-    traceback.
+    traceback. Of several processes each says what is its `own`, one a machine what all have met.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -231,14 +239,12 @@ def run(main, argv=None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         prefix = "" if code > 128 else "error: "  # being interrupted is no error
-        if world_size() > 1 and code in (1, 4):
+        if world_size() > 1 and (code in (1, 4) or getattr(error, "own", False)):
             prefix = f"process {rank()}: {prefix}"  # others may fare otherwise
         elif os.environ.get("LOCAL_RANK", "0") != "0":
-            return code  # one a machine says it
+            return code
         for line in _one_line_each(error):
-            line = laid_out(line, prefix, "red")
-            with tqdm.external_write_mode(file=sys.stderr):
-                print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one piece
+            _print(laid_out(line, prefix, "red"))
         return code
 
 
@@ -362,17 +368,25 @@ class RunLog:
         self.since += time.perf_counter() - began
 
     def write(self, record: dict, sample: str | None = None):
-        """Log one step; adds `seconds` since the first step, summed over resumes."""
+        """Log one step; adds `seconds` since the first step, summed over resumes. A number that is
+        not finite, as of a step that float16 has skipped, becomes None: JSON has no word for it.
+        """
         elapsed = time.perf_counter() - self.started
+        left = elapsed / (record["step"] - self.first_step) * (self.total - record["step"])
+        self._show(record, left)
         record["seconds"] = self.seconds_before + elapsed
+        record |= {name: None for name, v in record.items() if v and not math.isfinite(v)}
         self.records.append(record)
         if self.writer is not None:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
             self._write_events(record, sample)
-        left = elapsed / (record["step"] - self.first_step) * (self.total - record["step"])
-        self._show(record, left)
         self.since = time.perf_counter()
+
+    def val_losses(self) -> list[float]:
+        """Of all evaluations so far; infinite where one was not finite."""
+        losses = [record["val_loss"] for record in self.records if "val_loss" in record]
+        return [math.inf if loss is None else loss for loss in losses]
 
     def _write_events(self, record, sample):
         step = record["step"]
@@ -382,10 +396,9 @@ class RunLog:
                 self.writer.add_scalar(tags.get(name, name), record[name], step)
         if (memory := peak_mb(self.device)) is not None:
             self.writer.add_scalar("memory_mb", memory, step)
-        if "val_loss" in record:
+        if record.get("val_loss") is not None:
             self.writer.add_scalar("perplexity/val", perplexity(record["val_loss"]), step)
-            losses = [record["val_loss"] for record in self.records if "val_loss" in record]
-            self.writer.add_scalar("best_val_loss", min(losses), step)
+            self.writer.add_scalar("best_val_loss", min(self.val_losses()), step)
         if sample is not None:
             self.writer.add_text("sample", f"```\n{sample}\n```", step)
             self.writer.flush()
@@ -425,11 +438,13 @@ def perplexity(loss: float) -> float:
 
 
 def _new_name(log_dir):
-    """A dated folder name that log_dir does not have yet."""
+    """The name of a new, dated folder in log_dir, which no other run can have taken too."""
     name = time.strftime("%Y-%m-%d_%H-%M-%S")
-    while (log_dir / name).exists():
+    while True:
+        with contextlib.suppress(FileExistsError):
+            (log_dir / name).mkdir(parents=True)
+            return name
         name += "_"
-    return name
 
 
 def _read_records(path):
@@ -701,6 +716,7 @@ def derived_seed(*numbers: int) -> int:
 # dense bf16/fp16 tensor-core peaks in FLOP/s, from the makers' data sheets
 PEAK_FLOPS = {
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -717,30 +733,28 @@ def pick_device(name: str | None = None) -> tuple[torch.device, str]:
 
     On CUDA each process of a machine has a device of its own.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = {"cuda": cuda, "mps": mps, "cpu": True}
+    why = "as asked"
     if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank), torch.cuda.get_device_name(local_rank)
-        if torch.backends.mps.is_available():
-            return torch.device("mps"), "Apple GPU"
-        return torch.device("cpu"), f"no GPU found, {_count(torch.get_num_threads(), 'thread')}"
+        name = next(kind for kind, is_there in there.items() if is_there)
+        threads = torch.get_num_threads()
+        no_gpu = f"no GPU found, {threads} thread{'s' * (threads != 1)}"
+        why = {"cuda": "", "mps": "Apple GPU", "cpu": no_gpu}[name]
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, mps or cpu") from None
-    if name == "cuda":
-        device = torch.device("cuda", local_rank)
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if device.type not in ("cuda", "mps", "cpu") or not there.get(device.type, lambda: True)():
+    if not there.get(device.type):
         raise ValueError(f"--device {name}: this machine or this torch has none; try --device cpu")
+    if name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        gpus = _count(torch.cuda.device_count(), "GPU")
-        raise ValueError(f"--device {name}: this machine has {gpus}, the first is cuda:0")
-    return device, "as asked"
-
-
-def _count(number, noun):
-    return f"{number} {noun}{'s' * (number != 1)}"
+        raise ValueError(
+            f"--device {device}: this machine shows {torch.cuda.device_count()} GPUs, the first is "
+            "cuda:0; each of its processes takes one"
+        )
+    return device, why or torch.cuda.get_device_name(device)
 
 
 def pick_dtype(device: torch.device) -> str:
@@ -765,7 +779,9 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda" or dtype not in ("bfloat16", "float16"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    other = r"(?! (PCIe|NVL|Ti|D|Laptop)\b)"  # a name that goes on so is another GPU's
+    found = (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b{other}", name))
+    return next(found, None)
 
 
 def peak_mb(device: torch.device) -> float | None:

@@ -121,6 +121,18 @@ def test_atomic_save_on_a_full_disk_leaves_all_as_it_was(tmp_path, monkeypatch):
     assert {name: digest(tmp_path / name) for name in os.listdir(tmp_path)} == before
 
 
+def test_a_write_that_the_system_refuses_half_way_is_told_in_its_words(tmp_path):
+    """torch answers it with an error of its own, about positions in its file."""
+
+    def save_in_little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match=r"checkpoint\.pt: File too large; it needs"):
+            save(tmp_path / "checkpoint.pt", {"model": {"weight": torch.zeros(300_000)}})
+
+    assert in_child(save_in_little_room) == 0
+    assert os.listdir(tmp_path) == []
+
+
 # ---------------------------------------------------------------- damage
 
 

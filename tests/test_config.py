@@ -51,6 +51,16 @@ def test_numbers_may_be_written_with_an_exponent():
     }
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"seed": 2**63}, {"peer_timeout": 1e300}, {"dtype": "float64", "device": "mps"}],
+    ids=lambda values: "-".join(values),
+)
+def test_bad_input_beyond_what_torch_can_take_is_named(values):
+    (line,) = settings.problems(GPT2Config(**values))
+    assert line.startswith(f"--{next(iter(values))} ")
+
+
 def test_bad_input_of_a_wrong_type_is_named():
     values, found = parse("--n_layer", "six", "--compile", "maybe", "--dropout", "none")
     assert values == {} and len(found) == 3

@@ -10,7 +10,9 @@ import os
 import random
 import re
 import signal
+import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -447,6 +449,13 @@ def test_resume_survives_damage_to_the_latest(config, capfd):
     assert same(saved(config)["model"], saved(undisturbed)["model"]) or torch.get_num_threads() > 1
 
 
+def test_resume_goes_on_from_a_numbered_checkpoint_newer_than_the_last_evaluation(config, capfd):
+    config = replace(config, eval_interval=20, checkpoint_interval=5)
+    assert in_child(killed_at, config, 17) == -signal.SIGKILL
+    assert in_child(main, config) == 0
+    assert "checkpoint.pt (the newest intact checkpoint), step 15" in capfd.readouterr().err
+
+
 def test_resume_goes_on_in_the_same_folder_with_no_doubled_points(config):
     in_child(killed_at, config, 27)
     assert in_child(main, config) == 0
@@ -538,6 +547,26 @@ def test_float16_skips_some_steps_but_not_without_end(config, monkeypatch):
     poisoned_at(monkeypatch, set(range(10, 40)))
     with pytest.raises(NonFiniteError):
         train(elsewhere(config, f"{config.log_dir}/again"))
+
+
+def test_what_is_not_finite_is_null_in_metrics_and_never_the_best(config, monkeypatch, capfd):
+    """A float16 step that was skipped, and an evaluation that overflowed; resumed, too."""
+    poisoned_at(monkeypatch, {3})
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {10: math.nan}.get(self.step, 3.0))
+    config = replace(config, dtype="float16", patience=2)
+    for steps in (12, 30):
+        train(replace(config, max_iters=steps))
+
+    def no_json(word):
+        raise ValueError(f"{word} is not JSON")
+
+    (path,) = Path(config.log_dir).glob("*/metrics.jsonl")
+    records = [json.loads(line, parse_constant=no_json) for line in path.open()]
+    assert records[3]["grad_norm"] is None and records[3]["loss"] > 0
+    assert [r["val_loss"] for r in records if "val_loss" in r] == [None, 3.0, 3.0, 3.0]
+    assert saved(config, "best_checkpoint.pt")["step"] == 12
+    err = capfd.readouterr().err
+    assert "norm nan" in err and "val loss nan" in err
 
 
 def test_a_first_loss_far_from_ln_v_is_warned_of(config, monkeypatch, capfd):
@@ -652,9 +681,19 @@ def test_bad_input_no_data_set(config, capfd, tmp_path):
     assert "prepare_data.py" in errors(capfd)[0]
 
 
-def test_out_of_memory_is_one_line_with_the_remedy(config, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:128] . DefaultCPUAllocator: can't allocate"),
+        MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000000000,)"),
+    ],
+    ids=["cuda", "mps", "cpu", "numpy"],
+)
+def test_out_of_memory_is_one_line_with_the_remedy(config, capfd, monkeypatch, error):
     def no_memory(self):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
     monkeypatch.setattr(Trainer, "update", no_memory)
     assert main(config) == 2
@@ -678,6 +717,16 @@ def test_data_flag_prepares_trains_and_prints_a_sample(tmp_path, monkeypatch, ca
     assert out.startswith("It was") and len(out.rstrip("\n")) <= len("It was") + 20
 
 
+@pytest.mark.parametrize(
+    "more, words",
+    [(["--prompt", "café"], "U+00E9"), (["--max_new_tokens", "-3"], "--max_new_tokens -3")],
+)
+def test_bad_input_for_the_sample_is_told_before_training(config, capfd, more, words):
+    assert main(config, *more) == 2
+    assert words in errors(capfd)[0]
+    assert not Path(config.checkpoint_dir).exists()
+
+
 def test_no_flags_but_the_text_fit_themselves_to_a_tiny_text(tmp_path, monkeypatch):
     text = tmp_path / "note.txt"
     text.write_text("a small note, hardly anything at all. " * 8)
@@ -685,6 +734,20 @@ def test_no_flags_but_the_text_fit_themselves_to_a_tiny_text(tmp_path, monkeypat
     assert (
         run(training.main, ["--data", "note.txt", "--tokenizer", "char", "--max_iters", "3"]) == 0
     )
+
+
+def test_a_run_whose_messages_nobody_reads_goes_on_to_its_end(config):
+    """`python train.py 2>&1 | head` is no reason to stop, and to call it done."""
+
+    def unheard():
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+        sys.stderr = open(2, "w", closefd=False)
+        return main(config)
+
+    assert in_child(unheard) == 0
+    assert saved(config)["step"] == 40
 
 
 def test_learning_rate_logged_is_that_of_the_schedule(config):
@@ -731,6 +794,25 @@ def test_init_from_resumes_saves_the_best_and_generates_bit_exactly(config, tmp_
     assert saved(config, "best_checkpoint.pt")["best_val_loss"] == min(
         record["val_loss"] for record in logged(config) if "val_loss" in record
     )
+
+
+def test_init_from_keeps_what_it_began_with_no_longer_than_needed(config, tmp_path, monkeypatch):
+    path, tables, held = pretrained(config, tmp_path / "other"), [], []
+    load, update = training.load_state, Trainer.update
+
+    def watched(spec):
+        state, name = load(spec)
+        tables.append(weakref.ref(state["model"]["transformer.wte.weight"]))
+        return state, name
+
+    def step(trainer):
+        held.append(tables[0]() is not None)
+        return update(trainer)
+
+    monkeypatch.setattr(training, "load_state", watched)
+    monkeypatch.setattr(Trainer, "update", step)
+    assert main(replace(config, max_iters=2), "--init_from", str(path)) == 0
+    assert held == [False, False]
 
 
 def test_init_from_crops_the_table_of_positions(config, tmp_path):

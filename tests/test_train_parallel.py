@@ -146,7 +146,8 @@ def test_compiled_processes_give_the_numbers_of_one_plain_one(config, parallel, 
             assert one[key] == pytest.approx(other[key], abs=1e-5)
 
 
-def test_where_one_process_cannot_compile_none_does(config, capfd):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_where_one_process_cannot_compile_none_does(config, capfd, parallel):
     """A stand-in for torch.compile: it fails in process 1, and does nothing in process 0."""
 
     def compile_in_first(model):
@@ -159,7 +160,7 @@ def test_where_one_process_cannot_compile_none_does(config, capfd):
 
     def patched():
         torch.compile = compile_in_first
-        return main(replace(config, compile=True, max_iters=2))
+        return main(replace(config, compile=True, max_iters=2, parallel=parallel, peer_timeout=10))
 
     assert in_processes(2, patched) == [0, 0]
     err = capfd.readouterr().err
@@ -265,6 +266,17 @@ def test_a_number_that_is_not_finite_in_one_process_stops_all_before_the_step(co
     assert saved(config, "checkpoint.pt")["step"] == 6
     err = capfd.readouterr().err
     assert err.count("error:") == 1 and "near step 7" in err
+
+
+def test_what_is_wrong_with_the_data_of_one_process_is_said_by_it(config, capfd):
+    alone = Trainer(config, TokenDataset(config.data_dir))
+    place = alone.sampler.starts(5, 1)[0] + 8  # in the first batch of process 1 at step 6
+    path = Path(config.data_dir) / "train.bin"
+    data = bytearray(path.read_bytes())
+    data[2 * place : 2 * place + 2] = b"\xff\xff"
+    path.write_bytes(data)
+    assert in_processes(2, main, replace(config, peer_timeout=5)) == [1, 2]
+    assert f"process 1: error: token id 65535 at position {place}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("lost", [1, 2])

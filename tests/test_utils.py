@@ -266,6 +266,38 @@ def test_an_interrupted_run_says_how_to_go_on_and_a_finished_one_too(here, monke
     assert "--interactive" in commands(err)[0]
 
 
+@pytest.mark.parametrize("name", [None, "cuda", "cuda:2"])
+def test_bad_input_more_processes_than_gpus_is_one_line(monkeypatch, name):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"--device cuda:2: .* shows 2"):
+        utils.pick_device(name)
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+    ],
+)
+def test_the_peak_of_a_similar_gpu_is_not_taken_for_its_own(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert utils.peak_flops(torch.device("cuda"), "bfloat16") == peak
+
+
+def test_two_runs_that_start_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils.time, "strftime", lambda form: "2026-01-01_00-00-00")
+    one, other = (utils.RunLog(str(tmp_path), None, {}, step=0) for _ in range(2))
+    assert one.folder != other.folder
+
+
 def test_what_to_type_for_this_python_depends_on_the_path(tmp_path, monkeypatch):
     scripts = tmp_path / "my venv" / "bin"
     scripts.mkdir(parents=True)
