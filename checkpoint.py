@@ -233,6 +233,8 @@ def _check_state(state):
         raise ValueError(f"holds a {type(state).__name__}")
     if isinstance(state.get("format"), int) and state["format"] > FORMAT:
         raise ValueError(f"format {state['format']}, this code reads up to {FORMAT}")
+    if "model_args" in state:
+        raise ValueError("nanoGPT's: `python convert.py from_nanogpt FILE model.pt` makes it ours")
     for key, kinds in KEYS.items():
         if key not in state:
             raise ValueError(f"key {key!r} is missing")

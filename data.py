@@ -282,9 +282,11 @@ class TokenDataset:
         self.data_dir = Path(data_dir)
         self.meta = read_meta(self.data_dir)
         if self.meta is None:
+            make = "make one with `python prepare_data.py --dataset shakespeare`"
+            if (self.data_dir / "train.bin").exists():
+                make = f"nanoGPT's files become one by `prepare_data.py --adopt {self.data_dir}`"
             raise FileNotFoundError(
-                f"no data set in {self.data_dir}; make one with "
-                "`python prepare_data.py --dataset shakespeare` or name another with --data_dir"
+                f"no data set in {self.data_dir}; {make} or name another with --data_dir"
             )
         self.vocab_size = self.meta["vocab_size"]
         self.tokenizer_path = self.data_dir / "tokenizer.json"

@@ -79,6 +79,7 @@ ROWS = 64  # of a parquet file, read at once
 TOKENS_SHARE = 0.8  # bytes of gpt2 tokens for a byte of parquet; for OpenWebText 0.75
 SAVE_SECONDS = 10  # of work that a kill may cost
 LISTING_SECONDS = 120  # for the names of the hub's files, some 25,000 of all of fineweb
+GO_ON = "`prepare_data.py --errors replace` puts a U+FFFD there and goes on"
 CHUNK = 1 << 18  # bytes read at once, and about the characters encoded at once
 LONGEST = 1 << 19  # characters; a word that is longer is cut, and its tokens with it
 BPE_VOCAB_SIZE = 4096
@@ -308,7 +309,7 @@ class Text:
             offset += len(raw) - len(raw_and_held) + error.start
             raise ValueError(
                 f"{path}: byte 0x{error.object[error.start]:02X} at offset {offset} is not UTF-8; "
-                "save the file as UTF-8, or go on with --errors replace"
+                f"save the file as UTF-8, or {GO_ON}"
             ) from None
         # a U+FFFD of the file itself is these three bytes, which no damage around them can hide
         self.replaced += text.count("\ufffd") - raw_and_held.count(b"\xef\xbf\xbd")
@@ -320,7 +321,7 @@ class Text:
         if count and self.errors == "strict":
             raise ValueError(
                 f"{path}, line {number}: half a surrogate pair (\\ud800 to \\udfff) is not text; "
-                "go on with --errors replace"
+                f"{GO_ON}"
             )
         self.replaced += count
         return text
@@ -561,7 +562,7 @@ def encode_documents(tokenizer, options, documents):
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{documents.path}, row {row}: byte 0x{raw[error.start]:02X} at offset "
-                f"{error.start} is not UTF-8; go on with --errors replace"
+                f"{error.start} is not UTF-8; {GO_ON}"
             ) from None
         replaced += text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
         texts[split_of(raw, options.val_fraction)] += [text, END]

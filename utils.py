@@ -177,6 +177,19 @@ def live_line(label: str, total: int | None, unit: str, done: int = 0):
         yield advance
 
 
+IN_NANOGPT = {  # its names for what ours calls otherwise
+    "--out_dir": "--checkpoint_dir",
+    "--dataset": "--data_dir",
+    "--start": "--prompt",
+    "--decay_lr": "--lr_schedule",
+    "--always_save_checkpoint": "--checkpoint_interval",
+    "--wandb_log": "--log_dir",
+    "--wandb_project": "--log_dir",
+    "--wandb_run_name": "--log_dir",
+    "--backend": "--device",
+}
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are ValueErrors, so that every script reports them alike.
 
@@ -203,16 +216,17 @@ class ArgumentParser(argparse.ArgumentParser):
         return known
 
     def unknown_flags(self, unknown) -> list[str]:
-        """One line for each unknown flag, with the nearest that exists."""
+        """One line for each unknown flag, with the one that is meant, or the nearest in writing."""
         flags = [option for action in self._actions for option in action.option_strings]
         problems = []
-        for word in unknown:
-            if word.startswith("--"):
-                word = word.split("=")[0]
-                near = difflib.get_close_matches(word, flags, n=1)
-                hint = f"; did you mean {near[0]}?" if near else f" (see {self.prog} --help)"
-                problems.append(f"unknown flag {word}{hint}")
-        return problems or [f"unexpected argument {unknown[0]!r} (see {self.prog} --help)"]
+        for word in (word.split("=")[0] for word in unknown if word.startswith("--")):
+            meant = [IN_NANOGPT[word]] if IN_NANOGPT.get(word) in flags else []
+            near = meant or difflib.get_close_matches(word, flags, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f" (see {self.prog} --help)"
+            problems.append(f"unknown flag {word}{hint}")
+        as_json = unknown[0].endswith(".py") and "--config" in flags  # as in nanoGPT
+        hint = "; settings are flags, or JSON for --config" if as_json else ""
+        return problems or [f"unexpected argument {unknown[0]!r}{hint} (see {self.prog} --help)"]
 
 
 def run(main, argv=None) -> int:

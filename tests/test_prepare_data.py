@@ -1034,6 +1034,8 @@ def nanogpts(tmp_path, gpt2_vocabulary):
 def test_adopted_tokens_are_a_data_set_and_stay_as_they_are(nanogpts, capsys):
     folder, texts = nanogpts
     before = hashes(folder)
+    with pytest.raises(FileNotFoundError, match="--adopt"):
+        TokenDataset(folder)
     assert prepare("--adopt", folder) == 0
     out = capsys.readouterr().out
     assert out.endswith(f" {utils.command_for('train.py', '--data_dir', folder)}\n")
