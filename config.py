@@ -179,7 +179,12 @@ LARGEST = {  # far beyond any GPT-2; what is above is a slip or a hostile file
     "n_embd": 2**16,
 }
 FIELD_TYPES = typing.get_type_hints(GPT2Config)
+# the network: what a checkpoint's weights mean depends on these
 MODEL_FIELDS = ("block_size", "n_layer", "n_head", "n_embd", "bias", "position", "gelu")
+STEP_FIELDS = (  # what a step does; a run may go on with others
+    "dropout batch_size gradient_accumulation_steps max_iters learning_rate min_lr lr_schedule "
+    "warmup_iters lr_decay_iters weight_decay beta1 beta2 grad_clip dtype seed"
+).split()
 
 
 # ---------------------------------------------------------------- checking and deriving
@@ -288,7 +293,7 @@ def differences(old: dict, config: GPT2Config, names=MODEL_FIELDS) -> list[str]:
 
     A field that the checkpoint's version did not have yet counts as what ships.
     """
-    old = GPT2_CONFIGS["gpt2"] | old
+    old = asdict(GPT2Config()) | GPT2_CONFIGS["gpt2"] | old
     return [
         f"{name}: checkpoint {old.get(name)}, config {getattr(config, name)}"
         for name in names

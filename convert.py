@@ -127,8 +127,7 @@ def load_state(spec=None) -> tuple[dict, str]:
     repo = hub_name(str(spec))
     if repo is None:
         raise CheckpointError(
-            f"{spec}: no such file or folder, nor a name on the hub (gpt2, org/name); "
-            "`python train.py` makes checkpoints"
+            f"{spec}: no such file or folder, nor a name on the hub (gpt2, org/name)"
         )
     return read_hf(download(repo), repo), repo
 
@@ -452,7 +451,7 @@ def config_to_hf(config: GPT2Config, tokenizer, dtype) -> dict:
     eot_id = None if tokenizer is None else tokenizer.eot_id
     fields = ALIKE | {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
     fields["n_ctx"] = config.block_size  # an older name, which llama.cpp's converter reads
-    fields["activation_function"] = "gelu_new" if config.gelu == "tanh" else "gelu"
+    fields["activation_function"] = {"tanh": "gelu_new", "exact": "gelu"}[config.gelu]
     fields |= {"architectures": ["GPT2LMHeadModel"], "dtype": dtype_name(dtype), "n_inner": None}
     fields |= {f"{part}_pdrop": config.dropout for part in ("attn", "embd", "resid")}
     return fields | {"bos_token_id": eot_id, "eos_token_id": eot_id}

@@ -271,7 +271,7 @@ def pack_linears(model, rows) -> dict:
     if not oneDNN._is_mkldnn_bf16_supported():
         return {}
 
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
     if layers[0].weight.is_inference():  # whether it changes cannot be seen
         return {layer: _packed(oneDNN, layer, rows) for layer in layers}
     made_from = rows, [(layer.weight.data_ptr(), layer.weight._version) for layer in layers]

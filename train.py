@@ -15,6 +15,7 @@ Every field of GPT2Config is a flag. From Python: `from train import train; trai
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -215,10 +216,10 @@ class Trainer:
         config, step_limit = self.config, self.config.max_iters
         self.log = RunLog(config.log_dir, self.run_name, settings.to_dict(self.given), self.step)
         self.run_name = self.log.name
-        if self.step >= step_limit or self.out_of_patience():
-            return self.already_finished()
         if self.step == 0:
             self.save(checkpoint.LATEST)
+        if self.step >= step_limit or self.out_of_patience():
+            return self.already_finished()
         self.log.start(self.step, step_limit, self.tokens_per_step, settings.to_dict(config))
         with contextlib.closing(self.log):  # no live line shall stand before an error
             while self.step < step_limit:
@@ -651,6 +652,8 @@ def find_checkpoint(config, dataset, insist):
         )
         raise ValueError("\n".join(unlike))
     log_row("resuming", f"{path} (the newest intact checkpoint), step {state['step']:,}")
+    if changed := settings.differences(state["config"], config, settings.STEP_FIELDS):
+        log_row("changed", "\n".join(changed), "yellow")
     return state
 
 
@@ -865,13 +868,28 @@ def parse(argv):
     if options.config is not None:
         from_file, unknown_names = settings.read_config_file(options.config)
     config = replace(GPT2Config(), **(from_file | values))
-    found += wrong + unknown_names + settings.problems(config)
+    chosen = settings.edited_fields() | set(from_file) | set(values)
+    found += wrong + unknown_names + problems_so_far(config, chosen)
     found += sampling_problems({"max_new_tokens": options.max_new_tokens})
+    if options.init_from == "resume":  # as in nanoGPT
+        found.append(
+            "--init_from resume: a run goes on by itself; --resume insists that there is one"
+        )
     if options.tokenizer and not options.data:
         found.append("--tokenizer: only with --data FILE; a prepared data set has its own")
     if found:
         raise ValueError("\n".join(found))
-    return options, config, settings.edited_fields() | set(from_file) | set(values)
+    return options, config, chosen
+
+
+def problems_so_far(config, chosen) -> list[str]:
+    """What is wrong with config whatever its preset and its start will set. What else is wrong,
+    once they have, train says.
+    """
+    found = settings.problems(config)
+    if config.preset == "none":
+        return found
+    return [line for line in found if set(re.findall(r"--(\w+)", line)) <= chosen]
 
 
 INIT_FROM = (

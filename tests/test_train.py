@@ -588,16 +588,59 @@ def errors(capfd):
 
 
 def test_bad_input_flags_are_all_reported_at_once(config, capfd):
-    code = main(config, "--n_layers", "3", "--dropout", "2", "--n_head=x", "--lr_decay_iters", "1")
+    code = main(
+        config,
+        "--n_layers",
+        "3",
+        "--out_dir=x",
+        "--dropout",
+        "2",
+        "--n_head=x",
+        "--lr_decay_iters",
+        "1",
+    )
     found = "\n".join(errors(capfd))
     assert code == 2
     for part in (
         "--n_layers; did you mean --n_layer?",
+        "--out_dir; did you mean --checkpoint_dir?",  # nanoGPT's
         "--dropout 2",
         "--n_head x",
         "--lr_decay_iters",
     ):
         assert part in found
+
+
+@pytest.mark.parametrize(
+    "given, refused",
+    [
+        (("--n_embd", "64"), None),  # the preset has 4 heads
+        (("--preset", "gpt2-xl", "--n_head", "20", "--n_layer", "1", "--block_size", "8"), None),
+        (("--min_lr", "1e-3"), None),  # the preset's learning rate is 8e-3
+        (("--n_embd", "66"), "--n_embd 66: not divisible by --n_head 4"),
+        (("--n_embd", "66", "--n_head", "5"), "--n_embd 66: not divisible by --n_head 5"),
+        (("--min_lr", "1"), "--min_lr 1.0: must be from 0 to --learning_rate 0.008"),
+    ],
+)
+def test_flags_are_held_against_the_preset_not_against_gpt2(config, given, refused, capfd):
+    own = ["--data_dir", config.data_dir, "--checkpoint_dir", config.checkpoint_dir]
+    own += ["--log_dir", config.log_dir, "--device", "cpu", "--max_iters", "0"]
+    assert run(training.main, [*own, *given]) == (2 if refused else 0)
+    assert (refused or "finished") in capfd.readouterr().err
+
+
+def test_a_run_of_no_steps_leaves_the_checkpoint_that_it_names(config):
+    assert train(replace(config, max_iters=0)) == {"step": 0}
+    assert checkpoint.load(Path(config.checkpoint_dir) / checkpoint.LATEST)["step"] == 0
+
+
+def test_what_a_resumed_run_does_otherwise_is_said(config, capfd):
+    train(replace(config, max_iters=1))
+    assert "changed" not in capfd.readouterr().err
+    train(replace(config, max_iters=2, learning_rate=1e-4, seed=7))
+    said = capfd.readouterr().err
+    assert "changed" in said and f"learning_rate: checkpoint {config.learning_rate}" in said
+    assert "max_iters: checkpoint 1, config 2" in said and "config 7" in said
 
 
 def test_bad_input_checkpoint_of_another_run_names_each_difference(config, capfd, tmp_path):
