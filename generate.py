@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from config import dtype_name
 from convert import add_model_flags, load_model, say_next
 from model import KVCache, context_limit, context_start
 from tokenizer import StreamDecoder
@@ -327,6 +328,9 @@ def window_logits(model, tokens, cache=None):
     logits, _ = model(idx, cache=cache, at=ends - 1)  # (B, 1, V)
     if cache is not None:
         cache.truncate(lengths)
+    if not logits.isfinite().all():
+        name = dtype_name(logits.dtype)
+        warn(f"the model's logits are not finite in {name}; try --dtype bfloat16 or float32")
     return logits[:, 0]
 
 
