@@ -228,11 +228,12 @@ def add_model_flags(parser):
     add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: the best there is)")
 
 
-def say_next(checkpoint=None, device=None, dtype=None):
-    """Say the command that lets a person try a model, given what load_model was given."""
-    flags = {"--checkpoint": checkpoint, "--device": device, "--dtype": dtype}
-    given = [word for flag in flags.items() if flag[1] is not None for word in flag]
-    log_next(command_for("generate.py", *given, "--interactive"))
+def say_next(spec=None, device=None, dtype=None):
+    """Say the command with which to try a model that load_model gets in this way."""
+    words = []
+    for flag, value in (("--checkpoint", spec), ("--device", device), ("--dtype", dtype)):
+        words += [] if value is None else [flag, value]
+    log_next(command_for("generate.py", *words, "--interactive"))
 
 
 def new_state(config, tensors, tokenizer) -> dict:

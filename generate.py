@@ -114,7 +114,9 @@ def explain(sampling: Sampling) -> str:
 
 
 def _shown(value):
-    return "none" if value is None else repr(value) if isinstance(value, str) else str(value)
+    if value is None:
+        return "none"
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 # ---------------------------------------------------------------- choosing a token
