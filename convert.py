@@ -45,6 +45,12 @@ SIZES = {  # ours: theirs
     "n_head": "n_head",
     "n_embd": "n_embd",
 }
+ALIASES = {  # transformers' names for the sizes of any model: GPT-2's
+    "max_position_embeddings": "n_positions",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "n_embd",
+}
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}  # theirs: ours
 ALIKE = {  # what else config.json must say, or leave out. (reorder_and_upcast_attn only rounds.)
     "model_type": "gpt2",
@@ -221,11 +227,12 @@ def add_model_flags(parser):
     add("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)} (default: the best there is)")
 
 
-def say_next(checkpoint=None, device=None, dtype=None):
-    """Say the command that lets a person try a model, given what load_model was given."""
-    flags = {"--checkpoint": checkpoint, "--device": device, "--dtype": dtype}
-    given = [word for flag in flags.items() if flag[1] is not None for word in flag]
-    log_next(command_for("generate.py", *given, "--interactive"))
+def say_next(spec=None, device=None, dtype=None):
+    """Say the command with which to try a model that load_model gets in this way."""
+    words = []
+    for flag, value in (("--checkpoint", spec), ("--device", device), ("--dtype", dtype)):
+        words += [] if value is None else [flag, value]
+    log_next(command_for("generate.py", *words, "--interactive"))
 
 
 def new_state(config, tensors, tokenizer) -> dict:
@@ -300,6 +307,7 @@ def read_hf(folder: Path, name: str) -> dict:
 
 def config_from_hf(fields: dict, name: str) -> GPT2Config:
     """Our config from theirs; ValueError with a line for everything that GPT-2 here cannot be."""
+    fields = {ALIASES.get(key, key): value for key, value in fields.items()}
     shipped = GPT2_CONFIGS["gpt2"]  # their defaults for the sizes are these too
     sizes = {ours: fields.get(theirs, shipped[ours]) for ours, theirs in SIZES.items()}
     activation, width = fields.get("activation_function", "gelu_new"), sizes["n_embd"]
@@ -338,8 +346,11 @@ def _read_safetensors(folder, name):
         try:
             with safetensors.safe_open(path, "pt") as file:
                 for key in file.keys():
-                    ours = key if key.startswith(("transformer.", "lm_head.")) else None
-                    found[ours or f"transformer.{key}"] = file.get_tensor(key)
+                    is_ours = key.startswith(("transformer.", "lm_head."))
+                    ours = key if is_ours else f"transformer.{key}"
+                    if ours in found:
+                        raise ValueError(f"{name}: {path.name} has {ours} again")
+                    found[ours] = file.get_tensor(key)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{name}: {path.name} is damaged or cut short ({error})") from None
     return found

@@ -565,6 +565,8 @@ def main(argv=None) -> int:
     options.device, options.autocast = device, autocast(device, dtype)
     with process_group(device):
         model, tokenizer = load_model(options.checkpoint, device, "float32" if half else dtype)
+        if half:
+            log_row("precision", f"{dtype} for matrix products (autocast), float32 for the rest")
         for task in options.task:
             result = measure(task, model, tokenizer, options)
             if rank() == 0:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from config import dtype_name
 from convert import add_model_flags, load_model, say_next
 from model import KVCache, context_limit, context_start
 from tokenizer import StreamDecoder
@@ -113,7 +114,9 @@ def explain(sampling: Sampling) -> str:
 
 
 def _shown(value):
-    return "none" if value is None else repr(value) if isinstance(value, str) else str(value)
+    if value is None:
+        return "none"
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 # ---------------------------------------------------------------- choosing a token
@@ -327,6 +330,9 @@ def window_logits(model, tokens, cache=None):
     logits, _ = model(idx, cache=cache, at=ends - 1)  # (B, 1, V)
     if cache is not None:
         cache.truncate(lengths)
+    if not logits.isfinite().all():
+        name = dtype_name(logits.dtype)
+        warn(f"the model's logits are not finite in {name}; try --dtype bfloat16 or float32")
     return logits[:, 0]
 
 

@@ -218,6 +218,27 @@ def test_a_config_of_any_json_is_refused_by_name(tmp_path, capsys, content, said
     assert said in capsys.readouterr().err
 
 
+def test_sizes_under_the_names_that_other_models_have_are_read_as_transformers_does(tmp_path):
+    model = theirs()
+    model.save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    fields = json.loads(path.read_text())
+    fields["num_attention_heads"] = fields.pop("n_head")  # the default, 12, divides n_embd too
+    fields["max_position_embeddings"] = fields.pop("n_positions")
+    path.write_text(json.dumps(fields))
+    assert difference(load_double(tmp_path / "hf"), from_pretrained(tmp_path / "hf")) <= 1e-10
+
+
+def test_a_tensor_that_is_there_twice_is_refused(tmp_path, capsys):
+    theirs().save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    found = safetensors.load_file(path)
+    found["wte.weight"] = found["transformer.wte.weight"] + 1
+    safetensors.save_file(found, path)
+    assert cli("from_hf", tmp_path / "hf", tmp_path / "out.pt") == 2
+    assert "model.safetensors has transformer.wte.weight again" in capsys.readouterr().err
+
+
 def test_what_only_rounds_or_says_the_same_is_taken(tmp_path):
     theirs(reorder_and_upcast_attn=True, n_inner=96).save_pretrained(tmp_path / "hf")
     assert load_double(tmp_path / "hf").config.n_embd == 24

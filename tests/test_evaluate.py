@@ -163,7 +163,9 @@ def test_half_precision_evaluates_as_training_does(trained, capsys):
     assert cli("--dtype", "bfloat16", "--json", "--batch_size", "4") == 0
     mixed = torch.autocast("cpu", torch.bfloat16)
     expected = mean_loss(model.float(), val, T, 4, "cpu", autocast=mixed)
-    assert json.loads(capsys.readouterr().out)["loss"] == expected
+    out, err = capsys.readouterr()
+    assert json.loads(out)["loss"] == expected
+    assert "float32 on cpu" in err and "precision  bfloat16 for matrix products" in err
 
 
 def test_a_data_set_of_another_tokenizer_is_refused(trained, tmp_path, capsys):

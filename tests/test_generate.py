@@ -469,6 +469,17 @@ def test_the_next_command_keeps_the_model_the_device_and_the_type(here, capsys, 
     assert "float32 on cpu" in capsys.readouterr().err and "float32" in flags
 
 
+def test_numbers_that_overflow_are_said_to(here, capsys):
+    path = here / "checkpoints" / checkpoint.BEST
+    state = checkpoint.load(path)
+    torch.manual_seed(0)
+    state["model"]["transformer.h.0.mlp.c_fc.weight"].normal_(0, 1e4)  # float16 ends at 65,504
+    checkpoint.save(path, state)
+    for dtype, said in (("float32", 0), ("float16", 1)):
+        assert cli("--prompt", "to be", "--dtype", dtype) == 0
+        assert capsys.readouterr().err.count(f"not finite in {dtype}") == said
+
+
 def test_a_stop_text_is_shown_on_the_line_of_the_settings(here, capsys):
     assert cli("--prompt", "a", "--stop", "\n\n") == 0
     assert r"stop '\n\n', seed 1337" in capsys.readouterr().err
