@@ -406,7 +406,7 @@ def documents(sources, paths, position):
         texts, size = [], 0
         for after, share, more in read_parquet(path, row):
             texts += more
-            size += sum(len(text or b"") for text in more)
+            size += sum(len(text or b"") for text in more) + len(more)
             if size >= CHUNK:
                 yield Documents(path, row, texts, (number, after), before + share * file_bytes)
                 texts, size, row = [], 0, after
@@ -523,6 +523,7 @@ def pieces(stream, safe_cut):
     for chunk in stream:
         if chunk is END:
             texts.append("")
+            held += 1  # that millions of empty documents are bounded too
         else:
             texts[-1] += chunk
             held += len(chunk)
@@ -611,7 +612,6 @@ def prepare(options) -> dict:
     set; that one stays intact.
     """
     data_dir = Path(options.data_dir)
-    settings = {name: getattr(options, name) for name in SETTINGS}
     files = find_files(options.input) if options.dataset == "custom" else []
     of_documents = options.dataset in ON_HUB or any(PARQUET.search(name) for name, _ in files)
     if of_documents and options.tokenizer == "char":
@@ -620,15 +620,25 @@ def prepare(options) -> dict:
             "characters before; use gpt2 or bpe"
         )
     with lock(data_dir):
-        finish_moving(data_dir)
-        if options.dataset == "shakespeare":
-            files = [shakespeare(data_dir)]
-        sources = [describe(name, path) for name, path in files]
-        if not options.overwrite and (meta := already_there(data_dir, sources, settings)):
-            log_row("unchanged", f"{data_dir} already holds this text, prepared like this")
-            return meta
-        go = prepare_documents if of_documents else prepare_text
-        return go(options, data_dir, [path for _, path in files], sources, settings)
+        try:
+            return _prepare(options, data_dir, files, of_documents)
+        except OSError as error:
+            if error.strerror and not error.filename:  # a full disk names no file
+                error.filename = str(data_dir)
+            raise
+
+
+def _prepare(options, data_dir, files, of_documents):
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    finish_moving(data_dir)
+    if options.dataset == "shakespeare":
+        files = [shakespeare(data_dir)]
+    sources = [describe(name, path) for name, path in files]
+    if not options.overwrite and (meta := already_there(data_dir, sources, settings)):
+        log_row("unchanged", f"{data_dir} already holds this text, prepared like this")
+        return meta
+    go = prepare_documents if of_documents else prepare_text
+    return go(options, data_dir, [path for _, path in files], sources, settings)
 
 
 def prepare_text(options, data_dir, paths, sources, settings) -> dict:
