@@ -243,10 +243,15 @@ def in_thread(function, item) -> Future:
 
 def one_ahead(function, items):
     """map, the next result in the making meanwhile."""
+    return in_order(partial(in_thread, function), items, ahead=1)
+
+
+def in_order(start, items, ahead):
+    """Results of the futures that start gives for items, so many under way behind the next one."""
     pending = deque()
     for item in items:
-        pending.append(in_thread(function, item))
-        if len(pending) > 1:
+        pending.append(start(item))
+        if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
@@ -592,13 +597,7 @@ def in_chunks(stream):
 def ordered_map(function, items, workers):
     """map in threads (tiktoken and numpy let others run), in order, few items ahead."""
     with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > workers + 2:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from in_order(partial(pool.submit, function), items, ahead=workers + 2)
 
 
 # ---------------------------------------------------------------- the whole
