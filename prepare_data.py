@@ -780,8 +780,7 @@ def with_progress(encoded, growing):
 def adopt(data_dir) -> dict:
     """Make a data set of nanoGPT's train.bin and val.bin of gpt2 tokens, and return its meta."""
     data_dir = Path(data_dir)
-    if meta := read_meta(data_dir):
-        TokenDataset(data_dir)
+    if meta := already_there(data_dir, sources=[], settings={}):
         log_row("unchanged", f"{data_dir} already holds a data set")
         return meta
     if (data_dir / "meta.pkl").exists():
@@ -847,7 +846,7 @@ def already_there(data_dir, sources, settings) -> dict | None:
 
 
 def differences(there, sources, settings) -> list[str]:
-    """Where there, a meta or a plan, is not of these settings and sources ([]: any, of the hub)."""
+    """Where there, a meta or a plan, is not of these settings and sources ([]: whichever)."""
     settings_there, sources_there = there.get("settings", {}), there.get("sources", [])
     found = [
         f"{name}: {settings_there.get(name)} there, {value} asked for"
@@ -871,23 +870,17 @@ def _few(names):
 def summary(meta, data_dir) -> str:
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     a_token = (train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"])
+    vocabulary = f"{meta['vocab_size']:>14,} ({meta['tokenizer']['kind']})"
     default = Path(data_dir) == Path("data/shakespeare")
-    kind, out = meta["tokenizer"]["kind"], sys.stdout
-    return "\n".join(
-        [
-            labelled("done", f"{data_dir}, of {_names(meta['sources'])}", "green", out),
-            labelled("train", f"{train['tokens']:>14,} tokens", stream=out),
-            labelled("val", f"{val['tokens']:>14,} tokens", stream=out),
-            labelled(
-                "vocabulary",
-                f"{meta['vocab_size']:>14,} ({kind}), {a_token:.2f} bytes a token",
-                stream=out,
-            ),
-            next_commands(
-                command_for("train.py", *([] if default else ["--data_dir", data_dir])), stream=out
-            ),
-        ]
-    )
+    rows = [
+        ("done", f"{data_dir}, of {_names(meta['sources'])}", "green"),
+        ("train", f"{train['tokens']:>14,} tokens"),
+        ("val", f"{val['tokens']:>14,} tokens"),
+        ("vocabulary", f"{vocabulary}, {a_token:.2f} bytes a token"),
+    ]
+    lines = [labelled(*row, stream=sys.stdout) for row in rows]
+    train_it = command_for("train.py", *([] if default else ["--data_dir", data_dir]))
+    return "\n".join([*lines, next_commands(train_it, stream=sys.stdout)])
 
 
 def parse(argv):
@@ -965,7 +958,7 @@ def announce(options):
     """Say what is about to be made."""
     text = ", ".join(options.input or [options.dataset, *([options.name] if options.name else [])])
     log_row("text", text)
-    kind = options.tokenizer.split()[0]
+    kind = (options.given or KINDS[options.tokenizer]).kind
     log_row("tokenizer", f"{kind}; {options.val_fraction:g} of the text is for validation")
     log_row("output", f"{options.data_dir} ({options.workers} threads)")
 
