@@ -494,7 +494,7 @@ def advise(text, tokenizer):
 
 def encoded_splits(text, tokenizer, total, n_train, workers) -> dict:
     """For write_dataset: both splits as (ids, bytes of text), to be consumed in order."""
-    stream = with_border(with_bar(text, "encoding", total), n_train)
+    stream = with_border(with_bar(text, "encoding", total), total, n_train)
     encode = partial(encode_piece, tokenizer)
     train = pieces(iter(stream.__next__, BORDER), tokenizer.safe_cut)
     val = pieces(stream, tokenizer.safe_cut)
@@ -504,8 +504,8 @@ def encoded_splits(text, tokenizer, total, n_train, workers) -> dict:
     }
 
 
-def with_border(stream, n_train):
-    """The stream with BORDER before its character number n_train."""
+def with_border(stream, total, n_train):
+    """The stream of total characters with BORDER before its character number n_train."""
     position = 0
     for chunk in stream:
         if chunk is not END:
@@ -516,6 +516,11 @@ def with_border(stream, n_train):
                 yield BORDER
                 chunk = chunk[cut:]
         yield chunk
+    if position != total:
+        raise ValueError(
+            f"the text had {total:,} characters when they were counted, and {position:,} when they "
+            "were encoded; start again when nothing writes to it any more"
+        )
 
 
 def pieces(stream, safe_cut):

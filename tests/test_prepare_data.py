@@ -424,6 +424,21 @@ def test_a_write_that_fails_is_exit_4_and_leaves_the_earlier_data_set(
     assert hashes(data_dir) == before and strays(data_dir) == []
 
 
+@pytest.mark.parametrize("later", [STORY + "more", STORY[:99]], ids=["longer", "shorter"])
+def test_a_text_that_changes_meanwhile_is_no_data_set(later, tmp_path, monkeypatch, capsys):
+    text, plain = write(tmp_path / "a.txt", STORY), prepare_data.count
+
+    def count_and_change(*args):
+        total = plain(*args)
+        write(text, later)
+        return total
+
+    monkeypatch.setattr(prepare_data, "count", count_and_change)
+    assert prepare("--input", text, "--tokenizer", "char", "--data_dir", tmp_path / "d") == 2
+    assert f"{len(STORY):,} characters when they were counted" in capsys.readouterr().err
+    assert hashes(tmp_path / "d") == {}
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.parquet"])
 def test_a_full_disk_is_exit_4_and_named(name, tmp_path, monkeypatch, capsys):
     """As writing to an open file says it, without the file's name."""
