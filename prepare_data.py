@@ -244,10 +244,15 @@ def in_thread(function, item) -> Future:
 
 def one_ahead(function, items):
     """map, the next result in the making meanwhile."""
+    return in_order(partial(in_thread, function), items, ahead=1)
+
+
+def in_order(start, items, ahead):
+    """Results of the futures that start gives for items, so many under way behind the next one."""
     pending = deque()
     for item in items:
-        pending.append(in_thread(function, item))
-        if len(pending) > 1:
+        pending.append(start(item))
+        if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
@@ -407,7 +412,7 @@ def documents(sources, paths, position):
         texts, size = [], 0
         for after, share, more in read_parquet(path, row):
             texts += more
-            size += sum(len(text or b"") for text in more)
+            size += sum(len(text or b"") for text in more) + len(more)
             if size >= CHUNK:
                 yield Documents(path, row, texts, (number, after), before + share * file_bytes)
                 texts, size, row = [], 0, after
@@ -490,7 +495,7 @@ def advise(text, tokenizer):
 
 def encoded_splits(text, tokenizer, total, n_train, workers) -> dict:
     """For write_dataset: both splits as (ids, bytes of text), to be consumed in order."""
-    stream = with_border(with_bar(text, "encoding", total), n_train)
+    stream = with_border(with_bar(text, "encoding", total), total, n_train)
     encode = partial(encode_piece, tokenizer)
     train = pieces(iter(stream.__next__, BORDER), tokenizer.safe_cut)
     val = pieces(stream, tokenizer.safe_cut)
@@ -500,8 +505,8 @@ def encoded_splits(text, tokenizer, total, n_train, workers) -> dict:
     }
 
 
-def with_border(stream, n_train):
-    """The stream with BORDER before its character number n_train."""
+def with_border(stream, total, n_train):
+    """The stream of total characters with BORDER before its character number n_train."""
     position = 0
     for chunk in stream:
         if chunk is not END:
@@ -512,6 +517,11 @@ def with_border(stream, n_train):
                 yield BORDER
                 chunk = chunk[cut:]
         yield chunk
+    if position != total:
+        raise ValueError(
+            f"the text had {total:,} characters when they were counted, and {position:,} when they "
+            "were encoded; start again when nothing writes to it any more"
+        )
 
 
 def pieces(stream, safe_cut):
@@ -524,6 +534,7 @@ def pieces(stream, safe_cut):
     for chunk in stream:
         if chunk is END:
             texts.append("")
+            held += 1  # that millions of empty documents are bounded too
         else:
             texts[-1] += chunk
             held += len(chunk)
@@ -592,13 +603,7 @@ def in_chunks(stream):
 def ordered_map(function, items, workers):
     """map in threads (tiktoken and numpy let others run), in order, few items ahead."""
     with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > workers + 2:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from in_order(partial(pool.submit, function), items, ahead=workers + 2)
 
 
 # ---------------------------------------------------------------- the whole
@@ -612,7 +617,6 @@ def prepare(options) -> dict:
     set; that one stays intact.
     """
     data_dir = Path(options.data_dir)
-    settings = {name: getattr(options, name) for name in SETTINGS}
     files = find_files(options.input) if options.dataset == "custom" else []
     of_documents = options.dataset in ON_HUB or any(PARQUET.search(name) for name, _ in files)
     if of_documents and options.tokenizer == "char":
@@ -621,15 +625,25 @@ def prepare(options) -> dict:
             "characters before; use gpt2 or bpe"
         )
     with lock(data_dir):
-        finish_moving(data_dir)
-        if options.dataset == "shakespeare":
-            files = [shakespeare(data_dir)]
-        sources = [describe(name, path) for name, path in files]
-        if not options.overwrite and (meta := already_there(data_dir, sources, settings)):
-            log_row("unchanged", f"{data_dir} already holds this text, prepared like this")
-            return meta
-        go = prepare_documents if of_documents else prepare_text
-        return go(options, data_dir, [path for _, path in files], sources, settings)
+        try:
+            return _prepare(options, data_dir, files, of_documents)
+        except OSError as error:
+            if error.strerror and not error.filename:  # a full disk names no file
+                error.filename = str(data_dir)
+            raise
+
+
+def _prepare(options, data_dir, files, of_documents):
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    finish_moving(data_dir)
+    if options.dataset == "shakespeare":
+        files = [shakespeare(data_dir)]
+    sources = [describe(name, path) for name, path in files]
+    if not options.overwrite and (meta := already_there(data_dir, sources, settings)):
+        log_row("unchanged", f"{data_dir} already holds this text, prepared like this")
+        return meta
+    go = prepare_documents if of_documents else prepare_text
+    return go(options, data_dir, [path for _, path in files], sources, settings)
 
 
 def prepare_text(options, data_dir, paths, sources, settings) -> dict:
@@ -772,8 +786,7 @@ def with_progress(encoded, growing):
 def adopt(data_dir) -> dict:
     """Make a data set of nanoGPT's train.bin and val.bin of gpt2 tokens, and return its meta."""
     data_dir = Path(data_dir)
-    if meta := read_meta(data_dir):
-        TokenDataset(data_dir)
+    if meta := already_there(data_dir, sources=[], settings={}):
         log_row("unchanged", f"{data_dir} already holds a data set")
         return meta
     if (data_dir / "meta.pkl").exists():
@@ -839,7 +852,7 @@ def already_there(data_dir, sources, settings) -> dict | None:
 
 
 def differences(there, sources, settings) -> list[str]:
-    """Where there, a meta or a plan, is not of these settings and sources ([]: any, of the hub)."""
+    """Where there, a meta or a plan, is not of these settings and sources ([]: whichever)."""
     settings_there, sources_there = there.get("settings", {}), there.get("sources", [])
     found = [
         f"{name}: {settings_there.get(name)} there, {value} asked for"
@@ -863,23 +876,17 @@ def _few(names):
 def summary(meta, data_dir) -> str:
     train, val = meta["splits"]["train"], meta["splits"]["val"]
     a_token = (train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"])
+    vocabulary = f"{meta['vocab_size']:>14,} ({meta['tokenizer']['kind']})"
     default = Path(data_dir) == Path("data/shakespeare")
-    kind, out = meta["tokenizer"]["kind"], sys.stdout
-    return "\n".join(
-        [
-            labelled("done", f"{data_dir}, of {_names(meta['sources'])}", "green", out),
-            labelled("train", f"{train['tokens']:>14,} tokens", stream=out),
-            labelled("val", f"{val['tokens']:>14,} tokens", stream=out),
-            labelled(
-                "vocabulary",
-                f"{meta['vocab_size']:>14,} ({kind}), {a_token:.2f} bytes a token",
-                stream=out,
-            ),
-            next_commands(
-                command_for("train.py", *([] if default else ["--data_dir", data_dir])), stream=out
-            ),
-        ]
-    )
+    rows = [
+        ("done", f"{data_dir}, of {_names(meta['sources'])}", "green"),
+        ("train", f"{train['tokens']:>14,} tokens"),
+        ("val", f"{val['tokens']:>14,} tokens"),
+        ("vocabulary", f"{vocabulary}, {a_token:.2f} bytes a token"),
+    ]
+    lines = [labelled(*row, stream=sys.stdout) for row in rows]
+    train_it = command_for("train.py", *([] if default else ["--data_dir", data_dir]))
+    return "\n".join([*lines, next_commands(train_it, stream=sys.stdout)])
 
 
 def parse(argv):
@@ -957,7 +964,7 @@ def announce(options):
     """Say what is about to be made."""
     text = ", ".join(options.input or [options.dataset, *([options.name] if options.name else [])])
     log_row("text", text)
-    kind = options.tokenizer.split()[0]
+    kind = (options.given or KINDS[options.tokenizer]).kind
     log_row("tokenizer", f"{kind}; {options.val_fraction:g} of the text is for validation")
     log_row("output", f"{options.data_dir} ({options.workers} threads)")
 

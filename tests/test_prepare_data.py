@@ -171,6 +171,18 @@ def test_a_word_without_end_is_cut_at_the_limit(monkeypatch):
     assert [len(text) for piece in pieces for text in piece] == [30, 30, 30, 10, 0, 0]
 
 
+def test_empty_documents_without_end_are_bounded_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHUNK", 100)
+    monkeypatch.setattr(prepare_data, "ROWS", 10)
+    stream = [prepare_data.END] * 1000
+    pieces = list(prepare_data.pieces(stream, BPETokenizer.train("x", 257).safe_cut))
+    assert max(map(len, pieces)) <= 101 and sum(len(piece) - 1 for piece in pieces) == 1000
+    path = write(tmp_path / "a.parquet", parquet(["x"] + [None] * 999, rows=1000))
+    read = list(prepare_data.documents([{"bytes": 1}], [path], (0, 0)))
+    assert max(len(part.texts) for part in read) <= 110
+    assert sum(len(part.texts) for part in read) == 1000
+
+
 def test_a_million_spaces_and_a_million_letters_are_encoded(tmp_path):
     text = "a" + " " * 1_048_000 + "b" * 1_048_576 + "\n" * 1_000_000 + "c"
     prepare_file(write(tmp_path / "a.txt", text), "bpe", tmp_path / "d")
@@ -410,6 +422,36 @@ def test_a_write_that_fails_is_exit_4_and_leaves_the_earlier_data_set(
     flags = ("--input", text, "--tokenizer", "char", "--data_dir", data_dir, "--overwrite")
     assert prepare(*flags) == 4
     assert hashes(data_dir) == before and strays(data_dir) == []
+
+
+@pytest.mark.parametrize("later", [STORY + "more", STORY[:99]], ids=["longer", "shorter"])
+def test_a_text_that_changes_meanwhile_is_no_data_set(later, tmp_path, monkeypatch, capsys):
+    text, plain = write(tmp_path / "a.txt", STORY), prepare_data.count
+
+    def count_and_change(*args):
+        total = plain(*args)
+        write(text, later)
+        return total
+
+    monkeypatch.setattr(prepare_data, "count", count_and_change)
+    assert prepare("--input", text, "--tokenizer", "char", "--data_dir", tmp_path / "d") == 2
+    assert f"{len(STORY):,} characters when they were counted" in capsys.readouterr().err
+    assert hashes(tmp_path / "d") == {}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet"])
+def test_a_full_disk_is_exit_4_and_named(name, tmp_path, monkeypatch, capsys):
+    """As writing to an open file says it, without the file's name."""
+    content = STORY if name == "a.txt" else parquet(documents(0, 50))
+    source, data_dir = write(tmp_path / name, content), tmp_path / "d"
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    flags = ("--tokenizer", "bpe", "--vocab_size", 300, "--data_dir", data_dir)
+    assert prepare("--input", source, *flags) == 4
+    assert f"error: {data_dir}: No space left on device\n" in capsys.readouterr().err
 
 
 class Countdown:
