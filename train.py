@@ -416,7 +416,8 @@ class Trainer:
         load_optimizer_state(self.optimizer, self.raw_model, state["optimizer"], tensor_from_first)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(tensor_from_first(state["rng"]["torch"]))
+        if state["rng"]:
+            torch.set_rng_state(tensor_from_first(state["rng"]["torch"]))
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.run_name = state["run"]
 
@@ -637,10 +638,10 @@ def find_checkpoint(config, dataset, insist):
     for line in damaged:
         warn(f"passed over and kept as *.damaged: {line}")
     unlike = settings.differences(state["config"], config, (*settings.MODEL_FIELDS, "optimizer"))
-    tokenizer = load_tokenizer(state["tokenizer"])
-    if tokenizer.hash() != dataset.meta["tokenizer"]["sha256"]:
-        mine = dataset.meta["tokenizer"]["kind"]
-        unlike.append(f"tokenizer: checkpoint {tokenizer.kind}, config {mine} (another vocabulary)")
+    mine, theirs = dataset.meta["tokenizer"], state["tokenizer"]
+    if not theirs or load_tokenizer(theirs).hash() != mine["sha256"]:
+        kinds = f"checkpoint {theirs.get('kind', 'none')}, config {mine['kind']}"
+        unlike.append(f"tokenizer: {kinds} (another vocabulary)")
     if state["data_hash"] != dataset.hash:
         unlike.append(
             f"data set: checkpoint {_short(state['data_hash'])}, config {_short(dataset.hash)}"
