@@ -282,14 +282,17 @@ class Trainer:
 
         Dropout draws from a seed made of (seed, step, micro-step), never from what ran before.
         """
-        x, y = self.to_device(self.sampler.batch(self.step, micro_step))
         number = self.sampler.global_micro_step(micro_step)
         torch.manual_seed(derived_seed(self.config.seed, self.step, number))
-        with autocast(self.device, self.config.dtype):
-            loss = self.synced(x, y)[1]  # without a name the logits go when they are not needed
-        loss = loss / self.micro_steps
+        loss = self.loss_of(self.synced, micro_step) / self.micro_steps
         self.scaler.scale(loss).backward()
         return loss.detach()
+
+    def loss_of(self, model, micro_step=0):
+        """model's loss on this process's micro-batch of the step."""
+        x, y = (to(ids, self.device) for ids in self.sampler.batch(self.step, micro_step))
+        with autocast(self.device, self.config.dtype):
+            return model(x, y)[1]  # without a name the logits go when they are not needed
 
     def exchange_at(self, micro_step):
         """Gradients are exchanged once a step, in the backward pass of its last micro-batch; until
@@ -306,9 +309,7 @@ class Trainer:
         """One backward pass for nothing: DDP arranges its buckets anew after the first, and with
         them the order of its sums, which would differ between a run and a resumed one.
         """
-        x, y = self.to_device(self.sampler.batch(0))
-        with autocast(self.device, self.config.dtype):
-            self.synced(x, y)[1].backward()
+        self.loss_of(self.synced).backward()
         self.clear_gradients()
 
     def clear_gradients(self):
@@ -317,9 +318,6 @@ class Trainer:
         """
         in_buckets = world_size() > 1 and not self.sharded
         self.optimizer.zero_grad(set_to_none=not in_buckets)
-
-    def to_device(self, batch):
-        return [to(tensor, self.device) for tensor in batch]
 
     def ask_finite(self, finite):
         """Send for the answer without waiting for it; on a CPU it is there at once."""
@@ -522,11 +520,6 @@ class Trainer:
 def compile_model(trainer):
     """The compiled model, tried on one batch; the plain one where a process cannot compile."""
 
-    def try_on_a_batch():
-        x, y = trainer.to_device(trainer.sampler.batch(0))
-        with autocast(trainer.device, trainer.config.dtype):
-            model(x, y)[1].backward()
-
     def try_on_a_number():
         torch.compile(torch.exp)(torch.ones((), device=trainer.device))
 
@@ -534,7 +527,7 @@ def compile_model(trainer):
     log_row("compiling", "the model (about a minute)")
     # one that fails inside a sharded model leaves the others waiting for it there
     reason = why_not_in_all(try_on_a_number) if trainer.sharded else None
-    reason = reason or why_not_in_all(try_on_a_batch)
+    reason = reason or why_not_in_all(lambda: trainer.loss_of(model).backward())
     trainer.raw_model.zero_grad(set_to_none=True)
     if reason is not None:
         warn(f"torch.compile does not work here ({reason}); training goes on without it")
