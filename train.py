@@ -196,6 +196,7 @@ class Trainer:
         elif start is not None:
             checkpoint.load_weights(self.raw_model, cropped(start, config.block_size))
         self.sharded = is_sharded(config)
+        self.replicated = world_size() > 1 and not self.sharded
         if config.activation_checkpointing:
             recompute_activations(self.raw_model)
         if self.sharded:
@@ -206,7 +207,7 @@ class Trainer:
             self.load_state(state)
         self.model = compile_model(self) if config.compile else self.raw_model
         self.synced = self.model  # the model whose backward pass exchanges gradients
-        if world_size() > 1 and not self.sharded:
+        if self.replicated:
             self.synced = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             self.warm_up()
 
@@ -301,7 +302,7 @@ class Trainer:
         last = micro_step == self.micro_steps - 1
         if self.sharded:
             self.raw_model.set_requires_gradient_sync(last)
-        elif world_size() > 1 and not last:
+        elif self.replicated and not last:
             return self.synced.no_sync()
         return contextlib.nullcontext()
 
@@ -316,8 +317,7 @@ class Trainer:
         """DDP's lie in the buckets that it exchanges, and have to stay there: made anew, they would
         add up over micro-batches beside the buckets.
         """
-        in_buckets = world_size() > 1 and not self.sharded
-        self.optimizer.zero_grad(set_to_none=not in_buckets)
+        self.optimizer.zero_grad(set_to_none=not self.replicated)
 
     def ask_finite(self, finite):
         """Send for the answer without waiting for it; on a CPU it is there at once."""
