@@ -67,7 +67,6 @@ from utils import (
     quoted,
     rank,
     run,
-    seed_everything,
     set_up_device,
     sum_over_processes,
     tensor_from_first,
@@ -161,7 +160,7 @@ class Trainer:
             replace(config, device=str(device), dtype=dtype, compile=compiled)
         )
         settings.validate(config)  # what the machine decided, too
-        seed_everything(config.seed)
+        torch.manual_seed(config.seed)  # of the weights
         self.device, self.dataset, self.stop = device, dataset, stop or StopSignals()
         self.tokenizer = load_tokenizer(dataset.tokenizer_path)
         self.sampler = BatchSampler(

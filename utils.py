@@ -13,7 +13,6 @@ import importlib
 import json
 import math
 import os
-import random
 import re
 import shlex
 import shutil
@@ -692,12 +691,6 @@ def _on_meta(value):
     if isinstance(value, dict):
         return {key: _on_meta(part) for key, part in value.items()}
     return value.to("meta") if isinstance(value, torch.Tensor) else value
-
-
-def seed_everything(seed: int):
-    """Seed what libraries might draw from; training itself derives its numbers from the step."""
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def derived_seed(*numbers: int) -> int:
