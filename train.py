@@ -773,8 +773,9 @@ def main(argv=None) -> int:
         loss = last["val_loss"]
         print(f"step {last['step']}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
     elif options.prompt is not None and rank() == 0:
-        best = Path(config.checkpoint_dir) / checkpoint.BEST
-        model, tokenizer = load_model(str(best), config.device)
+        folder = Path(config.checkpoint_dir)
+        name = checkpoint.BEST if (folder / checkpoint.BEST).exists() else checkpoint.LATEST
+        model, tokenizer = load_model(str(folder / name), config.device)
         print(sample_text(model, tokenizer, options.prompt, options.max_new_tokens))
     return 0
 

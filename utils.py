@@ -250,13 +250,10 @@ def run(main, argv=None) -> int:
 def _exit_code(error):
     if hasattr(error, "exit_code"):
         return error.exit_code
-    if isinstance(error, (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+    no_such_file = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    if isinstance(error, (ValueError, *no_such_file)):
         return 2
-    if isinstance(error, PermissionError):
-        return 2
-    if isinstance(error, OSError):
-        return 4
-    return None
+    return 4 if isinstance(error, OSError) else None
 
 
 def _one_line_each(error):
@@ -517,12 +514,13 @@ def lock(folder):
         held, note = filelock.FileLock(folder / ".lock"), folder / ".lock_holder"
         held.acquire(timeout=0)
     except filelock.Timeout:
-        with contextlib.suppress(OSError):
-            raise ValueError(
-                f"{folder} is in use by {note.read_text('utf-8').strip()}; "
-                "wait for it to end, or choose another folder"
-            ) from None
-        raise ValueError(f"{folder} is in use by another process") from None
+        holder = ""
+        with contextlib.suppress(OSError):  # it may have taken the lock just now
+            holder = note.read_text("utf-8").strip()
+        raise ValueError(
+            f"{folder} is in use by {holder or 'another process'}; "
+            "wait for it to end, or choose another folder"
+        ) from None
     except OSError as error:
         error.exit_code = 4
         raise
