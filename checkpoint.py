@@ -35,6 +35,7 @@ KEYS = {  # key -> the types that its value may have
     "data_hash": (str, type(None)),
     "run": (str, type(None)),
 }
+MEMORIES = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum_buffer"})  # AdamW's, Muon's
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 LATEST, PREVIOUS = "checkpoint.pt", "previous_checkpoint.pt"
 BEST, FINAL = "best_checkpoint.pt", "final_checkpoint.pt"
@@ -249,9 +250,13 @@ def _check_state(state):
     config = model_config(state)
     _check_size(state["model"], config)
     for name, memory in state["optimizer"].items():
+        if name not in state["model"] or set(memory) not in MEMORIES:
+            raise ValueError(f"optimizer {name} is not AdamW's or Muon's memory of a weight")
         for key, value in memory.items():
-            if value.numel() != 1 and value.shape != state["model"][name].shape:
+            if value.shape != (() if key == "step" else state["model"][name].shape):
                 raise ValueError(f"optimizer {name} {key} has shape {tuple(value.shape)}")
+    if state["rng"]:
+        torch.Generator().set_state(state["rng"]["torch"])  # raises where it would not do
 
 
 def _tensors(value, name=""):

@@ -68,7 +68,6 @@ from utils import (
     quoted,
     rank,
     run,
-    seed_everything,
     set_up_device,
     sum_over_processes,
     tensor_from_first,
@@ -162,7 +161,7 @@ class Trainer:
             replace(config, device=str(device), dtype=dtype, compile=compiled)
         )
         settings.validate(config)  # what the machine decided, too
-        seed_everything(config.seed)
+        torch.manual_seed(config.seed)  # of the weights
         self.device, self.dataset, self.stop = device, dataset, stop or StopSignals()
         self.tokenizer = load_tokenizer(dataset.tokenizer_path)
         self.sampler = BatchSampler(
@@ -197,6 +196,7 @@ class Trainer:
         elif start is not None:
             checkpoint.load_weights(self.raw_model, cropped(start, config.block_size))
         self.sharded = is_sharded(config)
+        self.replicated = world_size() > 1 and not self.sharded
         if config.activation_checkpointing:
             recompute_activations(self.raw_model)
         if self.sharded:
@@ -207,7 +207,7 @@ class Trainer:
             self.load_state(state)
         self.model = compile_model(self) if config.compile else self.raw_model
         self.synced = self.model  # the model whose backward pass exchanges gradients
-        if world_size() > 1 and not self.sharded:
+        if self.replicated:
             self.synced = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             self.warm_up()
 
@@ -283,14 +283,17 @@ class Trainer:
 
         Dropout draws from a seed made of (seed, step, micro-step), never from what ran before.
         """
-        x, y = self.to_device(self.sampler.batch(self.step, micro_step))
         number = self.sampler.global_micro_step(micro_step)
         torch.manual_seed(derived_seed(self.config.seed, self.step, number))
-        with autocast(self.device, self.config.dtype):
-            loss = self.synced(x, y)[1]  # without a name the logits go when they are not needed
-        loss = loss / self.micro_steps
+        loss = self.loss_of(self.synced, micro_step) / self.micro_steps
         self.scaler.scale(loss).backward()
         return loss.detach()
+
+    def loss_of(self, model, micro_step=0):
+        """model's loss on this process's micro-batch of the step."""
+        x, y = (to(ids, self.device) for ids in self.sampler.batch(self.step, micro_step))
+        with autocast(self.device, self.config.dtype):
+            return model(x, y)[1]  # without a name the logits go when they are not needed
 
     def exchange_at(self, micro_step):
         """Gradients are exchanged once a step, in the backward pass of its last micro-batch; until
@@ -299,7 +302,7 @@ class Trainer:
         last = micro_step == self.micro_steps - 1
         if self.sharded:
             self.raw_model.set_requires_gradient_sync(last)
-        elif world_size() > 1 and not last:
+        elif self.replicated and not last:
             return self.synced.no_sync()
         return contextlib.nullcontext()
 
@@ -307,20 +310,14 @@ class Trainer:
         """One backward pass for nothing: DDP arranges its buckets anew after the first, and with
         them the order of its sums, which would differ between a run and a resumed one.
         """
-        x, y = self.to_device(self.sampler.batch(0))
-        with autocast(self.device, self.config.dtype):
-            self.synced(x, y)[1].backward()
+        self.loss_of(self.synced).backward()
         self.clear_gradients()
 
     def clear_gradients(self):
         """DDP's lie in the buckets that it exchanges, and have to stay there: made anew, they would
         add up over micro-batches beside the buckets.
         """
-        in_buckets = world_size() > 1 and not self.sharded
-        self.optimizer.zero_grad(set_to_none=not in_buckets)
-
-    def to_device(self, batch):
-        return [to(tensor, self.device) for tensor in batch]
+        self.optimizer.zero_grad(set_to_none=not self.replicated)
 
     def ask_finite(self, finite):
         """Send for the answer without waiting for it; on a CPU it is there at once."""
@@ -417,7 +414,8 @@ class Trainer:
         load_optimizer_state(self.optimizer, self.raw_model, state["optimizer"], tensor_from_first)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(tensor_from_first(state["rng"]["torch"]))
+        if state["rng"]:
+            torch.set_rng_state(tensor_from_first(state["rng"]["torch"]))
         self.step, self.best_val_loss = state["step"], state["best_val_loss"]
         self.run_name = state["run"]
 
@@ -522,11 +520,6 @@ class Trainer:
 def compile_model(trainer):
     """The compiled model, tried on one batch; the plain one where a process cannot compile."""
 
-    def try_on_a_batch():
-        x, y = trainer.to_device(trainer.sampler.batch(0))
-        with autocast(trainer.device, trainer.config.dtype):
-            model(x, y)[1].backward()
-
     def try_on_a_number():
         torch.compile(torch.exp)(torch.ones((), device=trainer.device))
 
@@ -534,7 +527,7 @@ def compile_model(trainer):
     log_row("compiling", "the model (about a minute)")
     # one that fails inside a sharded model leaves the others waiting for it there
     reason = why_not_in_all(try_on_a_number) if trainer.sharded else None
-    reason = reason or why_not_in_all(try_on_a_batch)
+    reason = reason or why_not_in_all(lambda: trainer.loss_of(model).backward())
     trainer.raw_model.zero_grad(set_to_none=True)
     if reason is not None:
         warn(f"torch.compile does not work here ({reason}); training goes on without it")
@@ -638,10 +631,10 @@ def find_checkpoint(config, dataset, insist):
     for line in damaged:
         warn(f"passed over and kept as *.damaged: {line}")
     unlike = settings.differences(state["config"], config, (*settings.MODEL_FIELDS, "optimizer"))
-    tokenizer = load_tokenizer(state["tokenizer"])
-    if tokenizer.hash() != dataset.meta["tokenizer"]["sha256"]:
-        mine = dataset.meta["tokenizer"]["kind"]
-        unlike.append(f"tokenizer: checkpoint {tokenizer.kind}, config {mine} (another vocabulary)")
+    mine, theirs = dataset.meta["tokenizer"], state["tokenizer"]
+    if not theirs or load_tokenizer(theirs).hash() != mine["sha256"]:
+        kinds = f"checkpoint {theirs.get('kind', 'none')}, config {mine['kind']}"
+        unlike.append(f"tokenizer: {kinds} (another vocabulary)")
     if state["data_hash"] != dataset.hash:
         unlike.append(
             f"data set: checkpoint {_short(state['data_hash'])}, config {_short(dataset.hash)}"
@@ -783,8 +776,9 @@ def main(argv=None) -> int:
         loss = last["val_loss"]
         print(f"step {last['step']}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
     elif options.prompt is not None and rank() == 0:
-        best = Path(config.checkpoint_dir) / checkpoint.BEST
-        model, tokenizer = load_model(str(best), config.device)
+        folder = Path(config.checkpoint_dir)
+        name = checkpoint.BEST if (folder / checkpoint.BEST).exists() else checkpoint.LATEST
+        model, tokenizer = load_model(str(folder / name), config.device)
         print(sample_text(model, tokenizer, options.prompt, options.max_new_tokens))
     return 0
 

@@ -13,7 +13,6 @@ import importlib
 import json
 import math
 import os
-import random
 import re
 import shlex
 import shutil
@@ -265,13 +264,10 @@ def run(main, argv=None) -> int:
 def _exit_code(error):
     if hasattr(error, "exit_code"):
         return error.exit_code
-    if isinstance(error, (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+    no_such_file = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    if isinstance(error, (ValueError, *no_such_file)):
         return 2
-    if isinstance(error, PermissionError):
-        return 2
-    if isinstance(error, OSError):
-        return 4
-    return None
+    return 4 if isinstance(error, OSError) else None
 
 
 def _one_line_each(error):
@@ -532,12 +528,13 @@ def lock(folder):
         held, note = filelock.FileLock(folder / ".lock"), folder / ".lock_holder"
         held.acquire(timeout=0)
     except filelock.Timeout:
-        with contextlib.suppress(OSError):
-            raise ValueError(
-                f"{folder} is in use by {note.read_text('utf-8').strip()}; "
-                "wait for it to end, or choose another folder"
-            ) from None
-        raise ValueError(f"{folder} is in use by another process") from None
+        holder = ""
+        with contextlib.suppress(OSError):  # it may have taken the lock just now
+            holder = note.read_text("utf-8").strip()
+        raise ValueError(
+            f"{folder} is in use by {holder or 'another process'}; "
+            "wait for it to end, or choose another folder"
+        ) from None
     except OSError as error:
         error.exit_code = 4
         raise
@@ -706,12 +703,6 @@ def _on_meta(value):
     if isinstance(value, dict):
         return {key: _on_meta(part) for key, part in value.items()}
     return value.to("meta") if isinstance(value, torch.Tensor) else value
-
-
-def seed_everything(seed: int):
-    """Seed what libraries might draw from; training itself derives its numbers from the step."""
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def derived_seed(*numbers: int) -> int:

@@ -283,6 +283,18 @@ HOSTILE = {  # what it is -> how it is made, and the reason given
         edited(lambda s: s["optimizer"][WTE].update(exp_avg=torch.zeros(3, 3))),
         "has shape",
     ),
+    "optimizer memory without a step": (
+        edited(lambda s: s["optimizer"][WTE].pop("step")),
+        "not AdamW's or Muon's memory",
+    ),
+    "optimizer memory of no weight": (
+        edited(lambda s: s["optimizer"].update(other=s["optimizer"][WTE])),
+        "optimizer other is not",
+    ),
+    "a random state that is none": (
+        edited(lambda s: s.update(rng={"torch": torch.zeros(3, dtype=torch.uint8)})),
+        "state",
+    ),
     "a missing key": (edited(lambda s: s.pop("optimizer")), "'optimizer' is missing"),
     "a key of a wrong type": (edited(lambda s: s.update(step="3")), "'step' is a str"),
     "a path as run": (edited(lambda s: s.update(run="../../x")), "not the name of a folder"),

@@ -660,6 +660,15 @@ def test_bad_input_checkpoint_of_another_run_names_each_difference(config, capfd
     assert sorted(os.listdir(config.checkpoint_dir)) == before
 
 
+def test_bad_input_a_converted_model_in_the_place_of_a_checkpoint(config, capfd):
+    data = training.TokenDataset(config.data_dir)
+    model = GPT2(replace(config, vocab_size=data.vocab_size))
+    path = Path(config.checkpoint_dir) / "checkpoint.pt"
+    checkpoint.save(path, convert.new_state(model.config, model.state_dict(), None))
+    assert main(config) == 2
+    assert "error: tokenizer: checkpoint none, config char (another vocabulary)" in errors(capfd)
+
+
 def test_bad_input_resume_without_a_checkpoint(config, capfd):
     assert main(config, "--resume") == 3
     assert len(errors(capfd)) == 1
