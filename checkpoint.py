@@ -35,7 +35,8 @@ KEYS = {  # key -> the types that its value may have
     "data_hash": (str, type(None)),
     "run": (str, type(None)),
 }
-MEMORIES = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum_buffer"})  # AdamW's, Muon's
+# what AdamW and Muon remember of a weight; another optimizer's keys belong here too
+MEMORIES = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum_buffer"})
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 LATEST, PREVIOUS = "checkpoint.pt", "previous_checkpoint.pt"
 BEST, FINAL = "best_checkpoint.pt", "final_checkpoint.pt"
@@ -55,9 +56,11 @@ def save(path, state: dict, previous=None):
     """Write state to path atomically: aside, fsync, rename. What was there stays until then, and
     after it under the name `previous`, where that is given.
 
-    Raises OSError (exit code 4) that says what was needed and what is free.
+    Raises OSError (exit code 4) that says what was needed and what is free, ValueError for an
+    optimizer's memory that could not be read again.
     """
     path, state = Path(path), _plain(state, {})
+    _check_memory(state.get("optimizer", {}), state.get("model", {}))
     aside = path.parent / f".{path.name}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,14 +252,18 @@ def _check_state(state):
         check_tensor(name, tensor)
     config = model_config(state)
     _check_size(state["model"], config)
-    for name, memory in state["optimizer"].items():
-        if name not in state["model"] or set(memory) not in MEMORIES:
-            raise ValueError(f"optimizer {name} is not AdamW's or Muon's memory of a weight")
-        for key, value in memory.items():
-            if value.shape != (() if key == "step" else state["model"][name].shape):
-                raise ValueError(f"optimizer {name} {key} has shape {tuple(value.shape)}")
+    _check_memory(state["optimizer"], state["model"])
     if state["rng"]:
         torch.Generator().set_state(state["rng"]["torch"])  # raises where it would not do
+
+
+def _check_memory(optimizer, weights):
+    for name, memory in optimizer.items():
+        if name not in weights or set(memory) not in MEMORIES:
+            raise ValueError(f"optimizer {name} is not AdamW's or Muon's memory of a weight")
+        for key, value in memory.items():
+            if value.shape != (() if key == "step" else weights[name].shape):
+                raise ValueError(f"optimizer {name} {key} has shape {tuple(value.shape)}")
 
 
 def _tensors(value, name=""):

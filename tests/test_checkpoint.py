@@ -133,6 +133,16 @@ def test_a_write_that_the_system_refuses_half_way_is_told_in_its_words(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
+def test_memory_that_could_not_be_read_again_is_not_written(tmp_path):
+    """Of an optimizer that somebody added, say: its checkpoints would count as damaged."""
+    state = make_state()
+    for memory in state["optimizer"].values():
+        memory["row_var"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="not AdamW's or Muon's memory"):
+        save(tmp_path / "checkpoint.pt", state)
+    assert os.listdir(tmp_path) == []
+
+
 # ---------------------------------------------------------------- damage
 
 
