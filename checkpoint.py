@@ -126,8 +126,8 @@ def fsync_folder(folder):
 
 def _why_not_written(path, state, error):
     needed = sum(t.numel() * t.element_size() for _, t in _tensors(state))
-    if not isinstance(error, OSError):  # torch's own words hide the system's
-        error = error.__context__ or error
+    if isinstance(error.__context__, OSError):  # torch has answered it with words of its own
+        error = error.__context__
     line = f"could not write {path}: {getattr(error, 'strerror', None) or error}"
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(path.parent).free

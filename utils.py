@@ -270,6 +270,16 @@ def _exit_code(error):
     return 4 if isinstance(error, OSError) else None
 
 
+@contextlib.contextmanager
+def writing():
+    """Whatever the system refuses in here is a 4, a folder that is read-only too."""
+    try:
+        yield
+    except OSError as error:
+        error.exit_code = 4
+        raise
+
+
 def _one_line_each(error):
     if isinstance(error, OSError) and error.strerror:
         return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror]
@@ -334,6 +344,7 @@ class RunLog:
         self.started = self.since = time.perf_counter()
         self.since_step = step
 
+    @writing()
     def _open(self, step):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -450,11 +461,13 @@ def perplexity(loss: float) -> float:
 def _new_name(log_dir):
     """The name of a new, dated folder in log_dir, which no other run can have taken too."""
     name = time.strftime("%Y-%m-%d_%H-%M-%S")
-    while True:
-        with contextlib.suppress(FileExistsError):
-            (log_dir / name).mkdir(parents=True)
-            return name
-        name += "_"
+    with writing():
+        log_dir.mkdir(parents=True, exist_ok=True)
+        while True:
+            with contextlib.suppress(FileExistsError):
+                (log_dir / name).mkdir()
+                return name
+            name += "_"
 
 
 def _read_records(path):
@@ -524,9 +537,10 @@ def lock(folder):
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held, note = filelock.FileLock(folder / ".lock"), folder / ".lock_holder"
-        held.acquire(timeout=0)
+        with writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            held, note = filelock.FileLock(folder / ".lock"), folder / ".lock_holder"
+            held.acquire(timeout=0)
     except filelock.Timeout:
         holder = ""
         with contextlib.suppress(OSError):  # it may have taken the lock just now
@@ -535,9 +549,6 @@ def lock(folder):
             f"{folder} is in use by {holder or 'another process'}; "
             "wait for it to end, or choose another folder"
         ) from None
-    except OSError as error:
-        error.exit_code = 4
-        raise
     try:
         note.write_text(f"process {os.getpid()} ({' '.join(map(_short, sys.argv))})", "utf-8")
         yield

@@ -4,6 +4,7 @@ Runs that are killed are forked children (torch is imported once), on one thread
 OpenMP's threads do not survive a fork.
 """
 
+import errno
 import json
 import math
 import os
@@ -717,6 +718,19 @@ def test_bad_input_second_trainer_in_one_folder_names_the_first(config, capfd):
 def test_a_lock_left_by_a_dead_process_does_not_block(config):
     assert in_child(killed_at, config, 5) == -signal.SIGKILL
     assert main(replace(config, max_iters=12)) == 0
+
+
+def test_a_folder_of_logs_that_is_read_only_is_exit_4(config, capfd, monkeypatch):
+    mkdir = os.mkdir
+
+    def read_only(path, *mode):
+        if str(path).startswith(config.log_dir):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        mkdir(path, *mode)
+
+    monkeypatch.setattr(os, "mkdir", read_only)
+    assert main(config) == 4
+    assert errors(capfd) == [f"error: {config.log_dir}: Permission denied"]
 
 
 def test_bad_input_id_beyond_the_vocabulary_in_the_data(config, capfd):
