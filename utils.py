@@ -550,7 +550,8 @@ def lock(folder):
             "wait for it to end, or choose another folder"
         ) from None
     try:
-        note.write_text(f"process {os.getpid()} ({' '.join(map(_short, sys.argv))})", "utf-8")
+        who = f"process {os.getpid()} ({' '.join(map(_short, sys.argv))})"
+        note.write_text(who, "utf-8", "backslashreplace")  # a name may be in any encoding
         yield
     finally:
         with contextlib.suppress(OSError):
