@@ -197,6 +197,9 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
         else:
             next_logits = next_logits or decoder(model, cache)
             logits = next_logits(new)  # (B, V)
+        if step == 0 and not logits.isfinite().all():
+            name = dtype_name(logits.dtype)
+            warn(f"the model's logits are not finite in {name}; try --dtype bfloat16 or float32")
         new = sample(logits, next(uniform), sampling.temperature, sampling.top_k, sampling.top_p)
         ids = new.tolist()
         for row, token in enumerate(ids):
@@ -330,9 +333,6 @@ def window_logits(model, tokens, cache=None):
     logits, _ = model(idx, cache=cache, at=ends - 1)  # (B, 1, V)
     if cache is not None:
         cache.truncate(lengths)
-    if not logits.isfinite().all():
-        name = dtype_name(logits.dtype)
-        warn(f"the model's logits are not finite in {name}; try --dtype bfloat16 or float32")
     return logits[:, 0]
 
 
