@@ -236,6 +236,9 @@ def run(main, argv=None) -> int:
     traceback. Of several processes each says what is its `own`, one a machine what all have met.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this (`>&-`)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     try:
         return main(argv) or 0
     except KeyboardInterrupt:

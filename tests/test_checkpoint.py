@@ -306,6 +306,7 @@ HOSTILE = {  # what it is -> how it is made, and the reason given
         "state",
     ),
     "a missing key": (edited(lambda s: s.pop("optimizer")), "'optimizer' is missing"),
+    "nanoGPT's": (edited(lambda s: s.update(model_args={})), "convert.py from_nanogpt"),
     "a key of a wrong type": (edited(lambda s: s.update(step="3")), "'step' is a str"),
     "a path as run": (edited(lambda s: s.update(run="../../x")), "not the name of a folder"),
     "n_layer of a billion": (edited(lambda s: s["config"].update(n_layer=10**9)), "n_layer"),

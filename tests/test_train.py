@@ -670,6 +670,20 @@ def test_bad_input_a_converted_model_in_the_place_of_a_checkpoint(config, capfd)
     assert "error: tokenizer: checkpoint none, config char (another vocabulary)" in errors(capfd)
 
 
+@pytest.mark.parametrize(
+    "habit, said",
+    [
+        ("config/train_shakespeare_char.py", "settings are flags, or JSON for --config"),
+        ("--init_from=resume", "a run goes on by itself"),
+        ("--wandb_log=True", "did you mean --log_dir?"),
+    ],
+)
+def test_bad_input_of_nanogpts_users_is_answered_with_what_is_here(config, habit, said, capfd):
+    assert main(config, habit) == 2
+    (error,) = errors(capfd)
+    assert said in error
+
+
 def test_bad_input_resume_without_a_checkpoint(config, capfd):
     assert main(config, "--resume") == 3
     assert len(errors(capfd)) == 1

@@ -242,6 +242,17 @@ def test_the_commands_that_scripts_end_with_work(here, capfd):
     assert capfd.readouterr().out.startswith("the")
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_stream_that_was_closed_before_the_start_is_no_error(stream, monkeypatch):
+    """Python has None for it (`python generate.py >&-`)."""
+    monkeypatch.setattr(sys, stream, None)
+
+    def main(argv):
+        getattr(sys, stream).write(f"{getattr(sys, stream).isatty()}")
+
+    assert run(main, []) == 0
+
+
 def test_an_interrupted_run_says_how_to_go_on_and_a_finished_one_too(here, monkeypatch, capfd):
     update = train.Trainer.update
 
