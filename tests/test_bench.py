@@ -239,8 +239,12 @@ def test_plan_predicts_the_peak_memory_of_a_real_run(tmp_path, processes, vocabu
     with torch.device("meta"):
         model = GPT2(config)
     predicted = bench.peak_memory(config, model, processes, on_cpu=True)["bytes"]
-    grown = growth_of_a_run(tmp_path, config, processes)
-    print(f"plan {predicted / 1e6:.0f} MB, run {grown / 1e6:.0f} MB: {predicted / grown:.3f}")
+    # where tensors are large, runs differ by the holes that these happen to find
+    times = 3 if vocabulary > 50_000 and not gives_back else 1
+    runs = sorted(growth_of_a_run(tmp_path, config, processes) for _ in range(times))
+    grown = runs[times // 2]
+    shown = " ".join(f"{run / 1e6:.0f}" for run in runs)
+    print(f"plan {predicted / 1e6:.0f} MB, run {shown} MB: {predicted / grown:.3f}")
     assert grown > 250e6 and predicted == pytest.approx(grown, rel=0.15)
 
 
@@ -291,7 +295,7 @@ def grow(path):
 
     training.Trainer.build = noting
     with process_group(torch.device("cpu")):
-        training.train(tiny)
+        training.train(tiny, fresh=True)
         training.train(config, fresh=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before[-1])
 
