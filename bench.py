@@ -720,15 +720,15 @@ def memory_moments(config, model, processes, on_cpu=False) -> dict[str, dict[str
     kept = end_activations(config, w, h, on_cpu) + (inputs if again else L * block)
     flow = B * T * C * (w + 5 * h)
     numbers = B * T * V
-    table = h * E + max(h * numbers, cast * w * E)  # while wte's gradient is made of the logits'
-    some = 2 * max(4, h) * min(numbers, logits_at_once("cpu" if on_cpu else "cuda"))
+    making = h * E + max(h * numbers, cast * w * E)  # wte's gradient, of the logits'
+    at_work = 2 * max(4, h) * min(numbers, logits_at_once("cpu" if on_cpu else "cuda"))
     saved = h * E if again and not sharded else copies
 
     columns = ("gradients", "weights in use", "activations", "logits and loss")
     moments = {
-        "forward": (before, copies, kept, numbers * h + some),
-        "loss": (before, saved, kept, numbers * 2 * h + some),
-        "output layer": (before, saved, kept + B * T * C * h, table),
+        "forward": (before, copies, kept, numbers * h + at_work),
+        "loss": (before, saved, kept, numbers * 2 * h + at_work),
+        "output layer": (before, saved, kept + B * T * C * h, making),
         "last block": (before + waits, saved, kept + block * again + flow, 0),
         "embedding": (after + waits * (2 if before else 1), saved / L, block + flow, 0),
         "update": (after, 0, 0, 0),

@@ -42,6 +42,7 @@ from utils import (
     sum_over_processes,
     warn,
     world_size,
+    writing,
 )
 
 DOWNLOADS = {  # address and sha256
@@ -457,14 +458,12 @@ def downloaded(task) -> Path:
     def fetch():
         log_row("fetching", address)
         try:
-            download(address, sha256, path)
+            with writing():
+                download(address, sha256, path)
         except ValueError as problem:
             raise ValueError(
                 f"{address}: {problem}; get the file some other way and name it with --file"
             ) from None
-        except OSError as error:  # of writing: all that goes wrong before is a ValueError
-            error.exit_code = 4
-            raise
 
     from_first(lambda: path.exists() or fetch())
     return path

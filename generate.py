@@ -35,6 +35,7 @@ from utils import (
     styled,
     warn,
     world_size,
+    writing,
 )
 
 SEPARATOR = "---\n"  # between texts, where there are several
@@ -467,16 +468,14 @@ def write_texts(path, texts) -> list[str]:
         raise ValueError(f"--output {path}: there is something else than a file")
     aside, written = path.with_name(f".{path.name}.tmp"), []
     try:
-        with open(aside, "w", encoding="utf-8", errors="replace", newline="\n") as file:
-            for text in texts:
-                file.write(f"{SEPARATOR if written else ''}{text}\n")
-                written.append(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        error.exit_code = 4
-        raise
+        with writing():
+            with open(aside, "w", encoding="utf-8", errors="replace", newline="\n") as file:
+                for text in texts:
+                    file.write(f"{SEPARATOR if written else ''}{text}\n")
+                    written.append(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)

@@ -285,7 +285,7 @@ def cross_entropy(logits, targets):
 
 class CrossEntropy(torch.autograd.Function):
     """The same, some rows at a time: beside the logits there is only their gradient, in their own
-    dtype, where the whole table at once would take three more, two of them in float32.
+    dtype, where the whole table at once would take three more in float32.
     """
 
     @staticmethod

@@ -267,8 +267,8 @@ def run(main, argv=None) -> int:
 def _exit_code(error):
     if hasattr(error, "exit_code"):
         return error.exit_code
-    no_such_file = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-    if isinstance(error, (ValueError, *no_such_file)):
+    unreadable = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+    if isinstance(error, (ValueError, *unreadable)):
         return 2
     return 4 if isinstance(error, OSError) else None
 
