@@ -1,46 +1,54 @@
-"""State on disk: checkpoints that are whole or absent, checked before use, and unable to run code.
+"""Checkpoints: whole or absent on disk, checked before use, unable to run code; and models by
+name, wherever they come from.
 
-A checkpoint is one file that torch.load(path, weights_only=True) reads: a dict with the keys below,
-of plain tensors, numbers, strings, lists and dicts. This file alone knows the checkpoints' names:
+    from checkpoint import load_model
+    model, tokenizer = load_model("gpt2")  # or a checkpoint's path, or a Hugging Face folder
 
-    checkpoint.pt           the latest            best_checkpoint.pt    lowest validation loss
-    previous_checkpoint.pt  the one before it     final_checkpoint.pt   at the end of a run
-    checkpoint_iter_N.pt    every checkpoint_interval steps
+A checkpoint is one file that torch.load(path, weights_only=True) reads: the dict described by
+State, of plain tensors, numbers, strings, lists and dicts.
 """
 
-import contextlib
+import math
 import os
 import pickle
 import re
-import shutil
 import time
 import zipfile
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, BaseModel, Field, JsonValue, ValidationError
+from torch.overrides import TorchFunctionMode
 
-from config import FIELD_TYPES, GPT2Config, problems
+import files
+from config import Dtype, GPT2Config, to_dict
+from huggingface import EMBEDDING, HEAD, download_model, hub_name, read_hf
+from logger import command_for, log_next, log_row, warn
+from model import GPT2
+from options import reason, validate
+from tokenizer import load_tokenizer
+from utils import pick_device, pick_dtype
 
 FORMAT = 1  # raised when an older reader would misread a newer file
-KEYS = {  # key -> the types that its value may have
-    "format": (int,),
-    "step": (int,),
-    "best_val_loss": (float, type(None)),
-    "model": (dict,),
-    "optimizer": (dict,),
-    "scaler": (dict,),
-    "rng": (dict,),
-    "config": (dict,),
-    "tokenizer": (dict,),
-    "data_hash": (str, type(None)),
-    "run": (str, type(None)),
+LATEST, PREVIOUS = "checkpoint.pt", "previous_checkpoint.pt"  # PREVIOUS: the latest before LATEST
+BEST, FINAL = "best_checkpoint.pt", "final_checkpoint.pt"  # lowest validation loss; end of a run
+NUMBERED = "checkpoint_iter_{}.pt"  # every checkpoint_interval steps
+# the state that AdamW and Muon keep for a weight; add the keys of any other optimizer
+OPTIMIZER_KEYS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum_buffer"})
+ON_DISK = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
+UNREADABLE = {  # what was raised: what it means
+    zipfile.BadZipFile: "it is cut short, damaged or no checkpoint",
+    pickle.UnpicklingError: "it holds more than plain data, which might run code when opened",
 }
-# what AdamW and Muon remember of a weight; another optimizer's keys belong here too
-MEMORIES = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum_buffer"})
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
-LATEST, PREVIOUS = "checkpoint.pt", "previous_checkpoint.pt"
-BEST, FINAL = "best_checkpoint.pt", "final_checkpoint.pt"
-NUMBERED = "checkpoint_iter_{}.pt"
+# plain English: any model of English does far better on it than guessing
+SANE_TEXT = (
+    "The river was high after a week of rain, and the old bridge at the end of the village had "
+    "been closed to carts. People crossed it on foot, one after the other, holding on to the rail. "
+    "On the far side a boy sold apples from a basket, and when the sun came out in the afternoon "
+    "he had none left and went home across the fields with his hands in his pockets."
+)
 
 
 class CheckpointError(Exception):
@@ -49,34 +57,61 @@ class CheckpointError(Exception):
     exit_code = 3
 
 
+def plain_tensor(tensor):
+    """tensor, if it holds plain finite numbers in host memory; ValueError otherwise."""
+    is_strided = type(tensor) is torch.Tensor and tensor.layout == torch.strided
+    is_contiguous = is_strided and tensor.dtype in ON_DISK and tensor.is_contiguous()
+    if not is_contiguous or tensor.device.type != "cpu":
+        raise ValueError("not a plain tensor")
+    # the extremes show NaN and infinity too, fifty times as fast as torch.isfinite(tensor)
+    if tensor.is_floating_point() and tensor.numel() > 0:
+        if not torch.isfinite(torch.stack(tensor.aminmax())).all():
+            raise ValueError("has values that are not finite")
+    return tensor
+
+
+Tensor = Annotated[Any, AfterValidator(plain_tensor)]
+
+
+class State(BaseModel, strict=True):
+    """What a checkpoint holds."""
+
+    format: Annotated[int, Field(le=FORMAT)]
+    step: Annotated[int, Field(ge=0)]  # optimizer steps done
+    best_val_loss: float | None
+    model: dict[str, Tensor]  # the weights, in float32 or in the type they were imported with
+    optimizer: dict[str, dict[str, Tensor]]  # the state of each weight, by its name
+    scaler: dict[str, JsonValue]  # float16's loss scale
+    rng: dict[str, Tensor]
+    config: dict[str, JsonValue]
+    tokenizer: dict[str, JsonValue]  # {} without one
+    data_hash: str | None
+    run: Annotated[str, Field(pattern=r"^\w[\w.\-]{0,127}$")] | None  # its folder in log_dir
+
+
+KEYS = tuple(State.model_fields)
+
+
 # ---------------------------------------------------------------- writing
 
 
 def save(path, state: dict, previous=None):
-    """Write state to path atomically: aside, fsync, rename. What was there stays until then, and
-    after it under the name `previous`, where that is given.
+    """Write state, with its tensors in host memory, to path atomically; the file that it replaces
+    is kept under the path `previous`, if given.
 
-    Raises OSError (exit code 4) that says what was needed and what is free, ValueError for an
-    optimizer's memory that could not be read again.
+    Raises files.WriteError, ValueError for an optimizer state that load would refuse.
     """
-    path, state = Path(path), _plain(state, {})
-    _check_memory(state.get("optimizer", {}), state.get("model", {}))
-    aside = path.parent / f".{path.name}.tmp"
+    check_optimizer_state(state["optimizer"], state["model"])
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            _keep(path, previous)
-        os.replace(aside, path)
-        fsync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch wraps some write errors in a RuntimeError
-        raise OSError(_why_not_written(path, state, error)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+        with files.atomic_write(path, keep=previous) as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch's own, about file positions, hides the system's
+                raise (error.__context__ or error) from None
+    except files.WriteError as error:
+        parts = state["model"], state["rng"], *state["optimizer"].values()
+        needed = sum(t.nbytes for part in parts for name, t in part.items() if name != HEAD) / 1e6
+        raise files.WriteError(f"{error}; the checkpoint needs {needed:,.1f} MB") from error
 
 
 def save_latest(folder, state: dict):
@@ -84,113 +119,131 @@ def save_latest(folder, state: dict):
     save(Path(folder) / LATEST, state, previous=Path(folder) / PREVIOUS)
 
 
-def _keep(path, previous):
-    """Give path's file the name `previous` too, so that at no moment there is no path."""
-    aside = previous.parent / f".{previous.name}.tmp"
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(path, aside)
-        os.replace(aside, previous)
-    except OSError:  # a file system without hard links
-        os.replace(path, previous)
-
-
 def save_numbered(folder, state: dict, keep: int):
     """Save checkpoint_iter_N.pt and remove all but the newest `keep` of its kind."""
     save(Path(folder) / NUMBERED.format(state["step"]), state)
-    for path in sorted(Path(folder).glob(NUMBERED.format("*")), key=_step_of)[: -keep or None]:
+    paths = Path(folder).glob(NUMBERED.format("*"))
+    for path in sorted(paths, key=lambda p: int(re.sub(r"\D", "", p.stem) or 0))[: -keep or None]:
         path.unlink(missing_ok=True)
-
-
-def _plain(value, seen):
-    """value with its tensors detached and in host memory; tensors that share memory still do."""
-    if isinstance(value, torch.Tensor):
-        if value.device.type == "cpu":
-            return value.detach()
-        key = value.data_ptr(), value.shape
-        return seen.setdefault(key, value.detach().cpu())
-    if isinstance(value, dict):
-        return {key: _plain(part, seen) for key, part in value.items()}
-    return value
-
-
-def fsync_folder(folder):
-    """Make a rename survive a power cut, where the operating system can (Windows cannot)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _why_not_written(path, state, error):
-    needed = sum(t.numel() * t.element_size() for _, t in _tensors(state))
-    if isinstance(error.__context__, OSError):  # torch has answered it with words of its own
-        error = error.__context__
-    line = f"could not write {path}: {getattr(error, 'strerror', None) or error}"
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(path.parent).free
-        line += f"; it needs about {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
-    return f"{line}; earlier checkpoints are intact"
 
 
 # ---------------------------------------------------------------- reading
 
 
-def load(path) -> dict:
-    """The checkpoint at path, every byte of it checked.
+def load(path, check=None) -> dict:
+    """The checkpoint at path, with every byte checked: the CRC-32 of each record, then State, then
+    that weights and optimizer state fit its config. Runs no code.
 
-    Raises CheckpointError for what is damaged (CRC-32 of each record), hostile or of another kind.
-    """
-    return read(path, _check_state)
-
-
-def read(path, check) -> dict:
-    """What torch.save wrote to path, if it is plain data and `check` finds nothing wrong with it.
-
-    Raises CheckpointError, also for whatever `check` raises.
+    check: called instead with the content of another program's file; raises if that is wrong.
+    Raises CheckpointError, whatever zipfile, torch or check raise.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; `python train.py` makes checkpoints")
     try:
-        with open(path, "rb") as file:
-            _check_archive(file, path.stat().st_size)
-            file.seek(0)
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        check(state)
-    except Exception as error:  # whatever a hostile file makes zipfile or torch raise
-        raise CheckpointError(f"{path}: not usable, {_reason(error)}") from error
+        with zipfile.ZipFile(path) as archive:  # torch's files are zips of stored records
+            records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise ValueError("compressed records")
+            if sum(record.file_size for record in records) > path.stat().st_size:
+                raise ValueError("records larger than the file")
+            if bad := archive.testzip():
+                raise ValueError(f"damaged: the checksum of {bad} does not match")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        (check or check_state)(state)
+    except Exception as error:
+        raise CheckpointError(f"{path}: not usable, {_problems(error)[0]}") from error
     return state
 
 
-def _reason(error) -> str:
-    """Why a file cannot be used, in words for who has never seen inside one."""
-    if isinstance(error, zipfile.BadZipFile):
-        return "the file is cut short, damaged or no checkpoint"
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds something else than plain data, which might run code when opened"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def check_state(state):
+    """ValueError (pydantic's too) unless state is a complete checkpoint of one model."""
+    if type(state) is dict and "model_args" in state:
+        raise ValueError("nanoGPT's: `python convert.py from_nanogpt FILE model.pt` makes it ours")
+    State.model_validate(state)
+    build_model(model_config(state), state["model"])
+    check_optimizer_state(state["optimizer"], state["model"])
+    if state["rng"]:
+        torch.Generator().set_state(state["rng"]["torch"])  # raises if it is not such a state
+
+
+def check_optimizer_state(optimizer: dict, weights: dict):
+    """ValueError unless this is AdamW's or Muon's state of these weights, by name and shape."""
+    for name, state in optimizer.items():
+        if name not in weights or set(state) not in OPTIMIZER_KEYS:
+            raise ValueError(f"optimizer {name} is not AdamW's or Muon's state of a weight")
+        for key, value in state.items():
+            if value.shape != (() if key == "step" else weights[name].shape):
+                raise ValueError(f"optimizer {name} {key} has shape {tuple(value.shape)}")
+
+
+def model_config(state: dict) -> GPT2Config:
+    """A checkpoint's config, without fields that are unknown here; ValueError for bad values."""
+    names = {field.name for field in fields(GPT2Config)} & state["config"].keys()
+    config = GPT2Config(**{name: state["config"][name] for name in names})
+    validate(config)
+    return config
+
+
+class EmptyInit(TorchFunctionMode):
+    """New modules skip torch.nn.init, which on the meta device imports torch._dynamo: 1 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+def build_model(config: GPT2Config, tensors: dict) -> GPT2:
+    """A model with tensors themselves as its weights, neither initialized nor copied.
+
+    Raises ValueError with a line for each kind of wrong name or shape.
+    """
+    if len(tensors) < config.n_layer:  # do not build a large model for a small file
+        raise ValueError("its config describes a larger model than it holds")
+    with torch.device("meta"), EmptyInit():
+        model = GPT2(config)
+    load_weights(model, {"model": tensors}, assign=True)
+    if not torch.equal(tensors[HEAD].to(tensors[EMBEDDING]), tensors[EMBEDDING]):
+        raise ValueError(f"{HEAD} differs from {EMBEDDING}: the head is not tied")
+    model.lm_head.weight = model.transformer.wte.weight  # assigning has untied them
+    return model
+
+
+def load_weights(model: GPT2, state: dict, assign=False):
+    """Copy a state's weights into model, or assign them. Raises ValueError as build_model does."""
+    try:
+        model.load_state_dict(state["model"], assign=assign)
+    except RuntimeError as error:
+        _, *lines = str(error).splitlines()  # the first only announces the others
+        raise ValueError("\n".join(lines)) from None
+
+
+def _problems(error) -> list[str]:
+    """What is wrong with a checkpoint, a line for each problem, for users."""
+    text = UNREADABLE.get(type(error)) or getattr(error, "strerror", None) or str(error)
+    lines = text.splitlines() or [type(error).__name__]
+    if isinstance(error, ValidationError):
+        lines = [f"{'.'.join(map(str, e['loc']))}: {reason(e)}" for e in error.errors()]
+    return [line.strip().removeprefix("--")[:200] for line in lines[:12]]
+
+
+# ---------------------------------------------------------------- the folder
 
 
 def latest(folder) -> tuple[Path, dict, list[str]] | None:
     """The newest intact checkpoint of a folder: its path, its state, and what is wrong with each
-    newer file, which is renamed to NAME.damaged. None where there is no checkpoint at all.
+    newer file, which is renamed to NAME.damaged. None where there are no checkpoints.
 
-    Raises CheckpointError, naming each file and touching none, where not one is intact.
+    Raises CheckpointError, naming every file and touching none, if none is intact.
     """
     damaged = {}
-    for path in _candidates(Path(folder)):
+    for path in _newest_first(Path(folder)):
         try:
             state = load(path)
         except CheckpointError as error:
             damaged[path] = str(error)
             continue
         for bad in damaged:
-            os.replace(bad, _free_name(bad))
+            os.replace(bad, f"{bad}.damaged")
         return path, state, list(damaged.values())
     if damaged:
         lines = [*damaged.values(), "no usable checkpoint is left; --fresh sets these files aside"]
@@ -198,160 +251,149 @@ def latest(folder) -> tuple[Path, dict, list[str]] | None:
     return None
 
 
-def _candidates(folder):
-    """Checkpoints of a folder, newest first."""
-    first = [folder / LATEST, folder / PREVIOUS]
-    rest = set(folder.glob(NUMBERED.format("*"))) | {folder / FINAL, folder / BEST}
-    rest = sorted((p for p in rest if p.exists()), key=lambda p: p.stat().st_mtime, reverse=True)
-    return [path for path in first if path.exists()] + rest
-
-
-def _free_name(path):
-    for number in range(1, 1_000_000):
-        name = path.with_name(f"{path.name}.damaged" + (f"-{number}" if number > 1 else ""))
-        if not name.exists():
-            return name
-    raise OSError(f"no free name for {path}")
-
-
-def _step_of(path):
-    number = re.search(r"checkpoint_iter_(\d+)\.pt$", path.name)
-    return int(number[1]) if number else -1
-
-
-def _check_archive(file, size):
-    """torch's file is a zip of stored records: refuse anything else, and find flipped bits."""
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("compressed records")
-        if sum(member.file_size for member in members) > size:
-            raise ValueError("records larger than the file")
-        bad = archive.testzip()
-        if bad is not None:
-            raise ValueError(f"damaged: its part {bad} does not match the checksum")
-
-
-def _check_state(state):
-    if type(state) is not dict:
-        raise ValueError(f"holds a {type(state).__name__}")
-    if isinstance(state.get("format"), int) and state["format"] > FORMAT:
-        raise ValueError(f"format {state['format']}, this code reads up to {FORMAT}")
-    if "model_args" in state:
-        raise ValueError("nanoGPT's: `python convert.py from_nanogpt FILE model.pt` makes it ours")
-    for key, kinds in KEYS.items():
-        if key not in state:
-            raise ValueError(f"key {key!r} is missing")
-        if type(state[key]) not in kinds:
-            raise ValueError(f"key {key!r} is a {type(state[key]).__name__}")
-    if state["step"] < 0:
-        raise ValueError(f"step {state['step']}")
-    if state["run"] is not None and not re.fullmatch(r"[\w][\w.\-]{0,127}", state["run"]):
-        raise ValueError(f"run {state['run'][:80]!r} is not the name of a folder")
-    for name, tensor in _tensors(state):
-        check_tensor(name, tensor)
-    config = model_config(state)
-    _check_size(state["model"], config)
-    _check_memory(state["optimizer"], state["model"])
-    if state["rng"]:
-        torch.Generator().set_state(state["rng"]["torch"])  # raises where it would not do
-
-
-def _check_memory(optimizer, weights):
-    for name, memory in optimizer.items():
-        if name not in weights or set(memory) not in MEMORIES:
-            raise ValueError(f"optimizer {name} is not AdamW's or Muon's memory of a weight")
-        for key, value in memory.items():
-            if value.shape != (() if key == "step" else weights[name].shape):
-                raise ValueError(f"optimizer {name} {key} has shape {tuple(value.shape)}")
-
-
-def _tensors(value, name=""):
-    """(name, tensor) of everything in a nest of plain values; ValueError for what is not plain."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif type(value) is dict:
-        for key, part in value.items():
-            yield from _tensors(part, f"{name}.{key}".lstrip("."))
-    elif type(value) in (list, tuple):
-        for part in value:
-            yield from _tensors(part, name)
-    elif type(value) not in (int, float, str, bool, type(None)):
-        raise ValueError(f"{name} is a {type(value).__name__}")
-
-
-def check_tensor(name: str, tensor):
-    """ValueError for a tensor that is not plain numbers in host memory, or not finite."""
-    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_quantized:
-        raise ValueError(f"{name} is not a plain tensor")
-    if tensor.device.type != "cpu" or tensor.dtype not in DTYPES or not tensor.is_contiguous():
-        raise ValueError(f"{name} is not a plain tensor ({tensor.device.type}, {tensor.dtype})")
-    # the extremes show NaN and infinity too, fifty times as fast as torch.isfinite(tensor)
-    if tensor.is_floating_point() and tensor.numel() > 0:
-        if not torch.isfinite(torch.stack(tensor.aminmax())).all():
-            raise ValueError(f"{name} has values that are not finite")
-
-
-def _check_size(tensors, config):
-    """Refuse a config that asks for more numbers than the file holds, before a model is built."""
-    held = {t.untyped_storage().data_ptr(): t.numel() for t in tensors.values()}
-    blocks = 12 * config.n_layer * config.n_embd**2
-    rows = config.vocab_size + (config.block_size if config.position == "learned" else 0)
-    if sum(held.values()) < blocks + rows * config.n_embd:
-        raise ValueError("its config describes a larger model than it holds")
-
-
-def model_config(state: dict) -> GPT2Config:
-    """The config of a checkpoint, its values checked; fields unknown here are left out."""
-    values = {name: v for name, v in state["config"].items() if name in FIELD_TYPES}
-    config = GPT2Config(**values)
-    found = problems(config)
-    if found:
-        raise CheckpointError(f"config: {found[0]}")
-    return config
-
-
-def check_weights(model, state: dict):
-    """CheckpointError unless a checkpoint's weights fit the model: every name, shape and type."""
-    expected, found = model.state_dict(), state["model"]
-    lines = [f"{name} is missing" for name in expected if name not in found]
-    lines += [f"{name} is not part of the model" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        if expected[name].shape != found[name].shape:
-            lines.append(f"{name}: {tuple(found[name].shape)}, not {tuple(expected[name].shape)}")
-        if not found[name].is_floating_point():
-            lines.append(f"{name} is {found[name].dtype}")
-    if lines:
-        raise CheckpointError(f"the checkpoint does not fit the model: {lines[0]}")
-
-
-def load_weights(model, state: dict, assign=False):
-    """Copy a checkpoint's weights into model, if they fit.
-
-    assign: make them the model's own instead, types included; it may have been built on "meta".
-    """
-    check_weights(model, state)
-    model.load_state_dict(state["model"], assign=assign)
-
-
-# ---------------------------------------------------------------- the folder
-
-
-def clean(folder):
-    """Remove what a killed save left behind; for the process that holds the folder's lock."""
-    for path in Path(folder).glob(".*.pt.tmp"):
-        path.unlink(missing_ok=True)
+def _newest_first(folder):
+    names = FINAL, BEST, NUMBERED.format("*")
+    others = [path for name in names for path in folder.glob(name)]
+    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [*folder.glob(LATEST), *folder.glob(PREVIOUS), *others]
 
 
 def set_aside(folder) -> Path | None:
-    """Move a run's checkpoints into a dated folder among them, and name it; None without any."""
-    paths = [*_candidates(Path(folder)), *Path(folder).glob("*.pt.damaged*")]
+    """Move a run's checkpoints into a new dated subfolder and return it; None if there are none."""
+    paths = [*_newest_first(Path(folder)), *Path(folder).glob("*.pt.damaged*")]
     if not paths:
         return None
     target = Path(folder) / time.strftime("%Y-%m-%d_%H-%M-%S")
-    while target.exists():
-        target = target.with_name(target.name + "_")
-    target.mkdir()
-    for path in paths:
-        os.replace(path, target / path.name)
+    with files.writing(target):
+        target.mkdir()
+        for path in paths:
+            os.replace(path, target / path.name)
     return target
+
+
+# ---------------------------------------------------------------- a model by its name
+
+
+@dataclass
+class ModelOptions:
+    """The arguments of load_model, as the first options of each script that needs a model."""
+
+    # which model
+    checkpoint: str | None = None  # file, folder or hub name; unset: the best of ./checkpoints
+    device: str | None = None  # cuda, cuda:1, mps or cpu; unset: the best there is
+    dtype: Dtype | None = None  # float32, bfloat16, float16 or float64; unset: the best there is
+
+
+def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
+    """A model in eval mode and its tokenizer; logs which.
+
+    spec: a checkpoint's path, a Hugging Face folder, or a name on the hub (gpt2-xl, org/name);
+    None: the best of ./checkpoints, else the latest. device, dtype: names or torch's own; None:
+    the best for this machine. need_tokenizer: False returns None for a tokenizer that is missing.
+    Raises CheckpointError without a usable checkpoint, ValueError for the rest.
+    """
+    device, _ = pick_device(None if device is None else str(device))
+    wanted = GPT2Config(device=str(device), dtype=dtype or pick_dtype(device))
+    validate(wanted)
+    state, name = load_state(spec)
+    model, tokenizer = build(state, name)
+    if tokenizer is None and need_tokenizer:
+        raise ValueError(f"{name} has no tokenizer, so it can neither read nor write text")
+    model = model.to(device, getattr(torch, wanted.dtype)).eval()
+    history = ""
+    if state["step"] > 0:
+        best = state["best_val_loss"]
+        loss = "unknown" if best is None else format(best, ".4f")
+        history = f" (step {state['step']:,}, validation loss {loss})"
+    facts = f"{describe_model(model, tokenizer)}, {wanted.dtype} on {device}"
+    log_row("model", f"{name}{history}\n{facts}")
+    if not Path(name).is_file():
+        check_loss(model, tokenizer)
+    return model, tokenizer
+
+
+def load_state(spec=None) -> tuple[dict, str]:
+    """A checkpoint's dict (see State) and its name, for any spec of load_model."""
+    if spec is None:
+        folder = Path(GPT2Config().checkpoint_dir)
+        spec = next((p for p in (folder / BEST, folder / LATEST) if p.is_file()), None)
+        if spec is None:
+            hint = "`python train.py` makes one, --checkpoint names another place"
+            raise CheckpointError(f"no checkpoint in {folder}: {hint}")
+    path, name = Path(spec), str(spec)
+    if path.is_file():
+        return load(path), name
+    if not path.is_dir():
+        name = hub_name(name)
+        if name is None:
+            raise CheckpointError(
+                f"{spec}: no such file or folder, nor a hub name (gpt2, org/name)"
+            )
+        path = download_model(name)
+    return new_state(*read_hf(path, name), name), name
+
+
+def new_state(config: GPT2Config, tensors: dict, tokenizer, name: str = "the model") -> dict:
+    """The checkpoint of a model from elsewhere: at step 0, without optimizer state and data, and
+    with or without (None) a tokenizer. The weights keep their type.
+
+    Raises ValueError with a line for each problem of the tensors, beginning with name.
+    """
+    state = {"format": FORMAT, "step": 0, "best_val_loss": None, "model": tensors}
+    state |= {"optimizer": {}, "scaler": {}, "rng": {}, "config": to_dict(config)}
+    state |= {"tokenizer": {} if tokenizer is None else tokenizer.to_dict()}
+    state |= {"data_hash": None, "run": None}
+    try:
+        check_state(state)
+    except ValueError as error:
+        raise ValueError("\n".join(f"{name}: {line}" for line in _problems(error))) from error
+    return state | {"model": tensors | {HEAD: tensors[EMBEDDING]}}  # tied: saved once
+
+
+def build(state: dict, name: str):
+    """The model of a state, whose tensors it takes over, and its tokenizer or None.
+
+    Raises CheckpointError, beginning with name, for a tokenizer that does not fit the model.
+    """
+    model, tokenizer = build_model(model_config(state), state["model"]), None
+    try:
+        if state["tokenizer"]:
+            tokenizer = load_tokenizer(state["tokenizer"])
+            if tokenizer.vocab_size != (size := model.config.vocab_size):
+                raise ValueError(f"it has {tokenizer.vocab_size:,} tokens, the model {size:,}")
+    except ValueError as error:
+        raise CheckpointError(f"{name}: its tokenizer cannot be used ({error})") from error
+    return model, tokenizer
+
+
+def describe_model(model, tokenizer) -> str:
+    kind = "no tokenizer" if tokenizer is None else f"{tokenizer.kind} tokenizer"
+    return f"{model.num_params():,} parameters, {kind} ({model.config.vocab_size:,} tokens)"
+
+
+@torch.no_grad()
+def check_loss(model, tokenizer) -> float | None:
+    """Log the loss on a short English text, and warn if guessing would do better, as it would than
+    misread weights. None if the model cannot read the text.
+    """
+    if tokenizer is None:
+        return None
+    text = SANE_TEXT
+    if tokenizer.kind == "char":
+        text = "".join(c for c in text if c in tokenizer.characters)
+    ids = tokenizer.encode(text)[: model.config.block_size + 1]
+    if len(ids) < 2:
+        return None
+    idx = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T + 1)
+    loss, guessing = model(idx[:, :-1], idx[:, 1:])[1].item(), math.log(model.config.vocab_size)
+    log_row("check", f"loss {loss:.4f} on a built-in English text, {guessing:.4f} by guessing")
+    if not loss < guessing + 0.5:
+        warn("that is worse than guessing; are the weights what they should be?")
+    return loss
+
+
+def log_next_generate(checkpoint=None, device=None, dtype=None):
+    """Log the command that tries the model which load_model returns for these arguments."""
+    flags = {"--checkpoint": checkpoint, "--device": device, "--dtype": dtype}
+    words = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
+    log_next(command_for("generate.py", *words, "--interactive"))

@@ -12,237 +12,142 @@ docs/evaluation.md says how each score is defined, and what was published for GP
 import json
 import math
 import sys
-from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
-from operator import eq, length_hint
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
 
-from config import dtype_name
-from convert import add_model_flags, load_model, say_next
-from data import TokenDataset, validation_starts, windows_at
-from utils import (
-    ArgumentParser,
-    autocast,
-    download,
-    from_first,
-    gather_from_processes,
-    laid_out,
-    live_line,
-    log_row,
-    perplexity,
-    pick_device,
-    pick_dtype,
-    process_group,
-    rank,
-    run,
-    sum_over_processes,
-    warn,
-    world_size,
-    writing,
-)
+from checkpoint import ModelOptions, load_model, log_next_generate
+from data import TokenDataset
+from files import check_json, download, read_text
+from logger import log_row, perplexity, print_rows, progress, rank, run, warn, world_size
+from options import Problem, integer, parse_args
+from parallel import all_gather, broadcast_from_rank0, process_group
+from utils import autocast, is_out_of_memory, pick_device, pick_dtype, set_up_device, to_device
 
-DOWNLOADS = {  # address and sha256
-    "hellaswag": (
-        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
-        "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
-    ),
-    "lambada": (
-        "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
-        "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
-    ),
-}
-CHUNK = 1 << 18  # characters read at once; a word that is longer is cut, and its tokens with it
-
-
-# ---------------------------------------------------------------- the loss of a split
-
-
-@torch.no_grad()
-def mean_loss(
-    model,
-    tokens,
-    block_size: int,
-    batch_size: int,
-    device,
-    max_windows: int | None = None,
-    vocab_size: int | None = None,
-    autocast=nullcontext(),  # noqa: B008  (it has no state)
-    show_progress: bool = False,
-) -> float:
-    """Mean cross-entropy in nats a token over fixed windows that cover a split evenly.
-
-    Every token counts alike, whatever the batches; all windows unless max_windows says fewer.
-    Processes share the batches, and each gets the mean over all of them. The model's mode is put
-    back, no random numbers are drawn, and the device is waited for only once.
-    """
-    device = torch.device(device)
-    starts = validation_starts(tokens, block_size, max_windows)
-    if len(starts) == 0:
-        raise ValueError(
-            f"{len(tokens)} tokens to evaluate on, needs {block_size + 1} (block_size)"
-        )
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.zeros((), dtype=wide, device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        with autocast:
-            firsts = range(0, len(starts), batch_size * world_size())
-            for first in with_bar(firsts, len(firsts), "batch") if show_progress else firsts:
-                mine = my_batch(starts[first:], batch_size)
-                some = mine if len(mine) else starts[:1]
-                x, y = full_batch(windows_at(tokens, some, block_size, vocab_size), batch_size)
-                _, loss = model(to(x, device), to(y, device))
-                total += loss.to(wide) * len(mine)
-    finally:
-        model.train(was_training)
-    return sum_over_processes(total).item() / len(starts)
-
-
-def my_batch(items, batch_size):
-    """This process's batch among the next ones of all processes; it may be short or empty.
-
-    A batch holds the same items however many processes there are, so that its loss is the same.
-    Who has none calls the model with something else: a sharded model needs all at each call.
-    """
-    return items[rank() * batch_size : (rank() + 1) * batch_size]
-
-
-def full_batch(batch, batch_size):
-    """Fill up the last batch with targets that do not count: a compiled model wants one shape."""
-    x, y = batch  # (B, T) each
-    missing = batch_size - len(x)
-    return (
-        torch.cat([x, x[:1].expand(missing, -1)]),
-        torch.cat([y, torch.full_like(y[:1], -1).expand(missing, -1)]),
-    )
-
-
-def to(tensor, device):
-    """tensor on the device, without waiting for what a GPU still has to do."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
-
-
-def with_bar(items, total, unit):
-    """items, and how many of them are done."""
-    with live_line("scoring", total, unit) as advance:
-        for item in items:
-            yield item
-            advance(1)
-
-
-def evaluate_split(model, tokenizer, options) -> dict:
-    """Loss, perplexity and bits per byte of one split of a data set.
-
-    Bits per byte measure the text itself, so that they compare across tokenizers; None where the
-    data set does not know how long its text was.
-    """
-    block_size = window_length("block_size", options.block_size, model.config)
-    dataset = find_dataset(options.data_dir, options.checkpoint, model, tokenizer)
-    split = options.split or "val"
-    tokens, text_bytes = getattr(dataset, split), dataset.meta["splits"][split].get("bytes")
-    batch_size, device, mixed = options.batch_size, options.device, options.autocast
-    vocab_size = dataset.vocab_size
-    loss = mean_loss(
-        model, tokens, block_size, batch_size, device, None, vocab_size, mixed, show_progress=True
-    )
-    bits = loss * len(tokens) / math.log(2)
-    return {
-        "task": "val",
-        "data_dir": str(dataset.data_dir),
-        "split": split,
-        "tokens": len(tokens),
-        "windows": len(validation_starts(tokens, block_size)),
-        "block_size": block_size,
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "bits_per_byte": bits / text_bytes if text_bytes else None,
-    }
-
-
-def window_length(flag, wanted, config) -> int:
-    """How many tokens the model sees at once: block_size, or what the flag says."""
-    if wanted is not None and wanted > config.block_size and config.position == "learned":
-        raise ValueError(
-            f"--{flag} {wanted}: the model has learned {config.block_size} positions, and no more"
-        )
-    return wanted or config.block_size
-
-
-def find_dataset(data_dir, spec, model, tokenizer) -> TokenDataset:
-    """The data set to evaluate on; ValueError if its ids are not those that the model knows.
-
-    A checkpoint may come from anywhere: the folder that it names is opened only below this one.
-    """
-    if data_dir is None:
-        if spec is not None and not Path(spec).is_file():
-            raise ValueError(f"{spec} comes without a data set: name one with --data_dir DIR")
-        data_dir = model.config.data_dir
-        if not Path(data_dir).resolve().is_relative_to(Path.cwd()):
-            raise ValueError(
-                f"trained on {data_dir}, outside this folder; --data_dir DIR allows it"
-            )
-    dataset = TokenDataset(data_dir)
-    made_with = dataset.meta["tokenizer"]
-    if made_with["sha256"] != tokenizer.hash():
-        raise ValueError(
-            f"{data_dir} was made with another tokenizer ({made_with['kind']}, "
-            f"{dataset.vocab_size:,} tokens) than the checkpoint's ({tokenizer.kind}, "
-            f"{tokenizer.vocab_size:,} tokens); name a fitting data set with --data_dir"
-        )
-    return dataset
-
+MOST_TEXT = 2 << 30  # bytes of a --file
 
 # ---------------------------------------------------------------- scoring
 
 
 class Score(NamedTuple):
     nats: float  # minus the log-probability of the scored tokens together
+    greedy: bool  # whether each of them is the most likely one at its position
     tokens: int  # how many were scored
-    greedy: bool  # whether each of them is the likeliest where it stands
 
 
 @torch.no_grad()
-def score(model, rows, batch_size: int, device, autocast) -> list[Score]:
-    """A score for each row, in their order; every process gets all of them.
+def score(model, rows, batch_size: int, total: int | None = None) -> list[Score]:
+    """A score for each row, in their order, on every rank. The model is in eval mode.
 
     rows yields (ids, first): the tokens ids[first:] are scored, each given all that precede it in
-    ids; first is at least 1. The model is in eval mode.
+    ids; first is at least 1. Ranks take batches in turn; the batches, and so the scores, are the
+    same for any number of ranks. total: the number of rows, for the progress line.
     """
-    rows, scored = enumerate(with_bar(rows, length_hint(rows) or None, "row")), []
-    with autocast:
-        while some := list(islice(rows, batch_size * world_size())):
-            mine = my_batch(some, batch_size)
-            found = score_batch(model, [row for _, row in mine or some[:1]], torch.device(device))
-            scored += zip((number for number, _ in mine), found, strict=False)  # mine may be empty
-    return [found for _, found in sorted(gather_from_processes(scored))]
+    rows, found, counts = iter(rows), [], []
+    batches = iter(lambda: list(islice(rows, batch_size)), [])
+    with progress("scoring", total, "rows") as advance:
+        for number, batch in enumerate(batches):
+            counts += [len(ids) - first for ids, first in batch]
+            if number % world_size() == rank():
+                found.append((number, score_batch(model, batch)))
+            advance(len(batch))
+    found = sorted(all_gather([(number, scores.tolist()) for number, scores in found]))
+    scores = [score for _, scores in found for score in scores]
+    return [Score(nats, greedy == 1, n) for (nats, greedy), n in zip(scores, counts, strict=True)]
 
 
-def score_batch(model, rows, device) -> list[Score]:
-    """The scores of rows (ids, first), padded on the right, where no token that counts looks."""
-    longest = max(len(ids) for ids, _ in rows)
-    padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in rows])
-    padded = to(padded, device)  # (B, T + 1)
-    logits, _ = model(padded[:, :-1])  # (B, T, V)
-    losses, greedy = [], []
-    for row, (ids, first) in enumerate(rows):  # one by one: a batch's log-probabilities are large
-        part = logits[row, first - 1 : len(ids) - 1]  # (scored, V)
-        part = part.to(torch.promote_types(part.dtype, torch.float32))
-        targets = padded[row, first : len(ids)]  # (scored,)
-        losses.append(F.cross_entropy(part, targets, reduction="none"))
-        greedy.append((part.argmax(-1) == targets).all())
-    counts = [len(loss) for loss in losses]
-    nats = [loss.sum().item() for loss in torch.cat(losses).cpu().double().split(counts)]
-    return list(map(Score, nats, counts, torch.stack(greedy).tolist()))
+def score_batch(model, rows) -> torch.Tensor:
+    """Nats of each row, and 1 where it is greedy: (B, 2), on the model's device, not waited for."""
+    padded = np.zeros((len(rows), max(len(ids) for ids, _ in rows)), np.int64)
+    for row, (ids, _) in enumerate(rows):
+        padded[row, : len(ids)] = ids  # padded on the right, where no scored token looks
+    idx = to_device(torch.from_numpy(padded), model.lm_head.weight.device)  # (B, T + 1)
+    hidden = model.hidden(idx[:, :-1])  # (B, T, C)
+    scores = []
+    for row, (ids, first) in enumerate(rows):  # one by one: the logits of all would be large
+        targets = idx[row, first : len(ids)]  # (scored,)
+        logits = model.lm_head(hidden[row, first - 1 : len(ids) - 1])  # (scored, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nats = F.cross_entropy(logits, targets, reduction="sum")
+        scores.append(torch.stack([nats, (logits.argmax(-1) == targets).all().to(nats)]))
+    return torch.stack(scores)
 
 
-# ---------------------------------------------------------------- a text
+def score_windows(model, ids, context: int, stride: int, batch_size: int) -> tuple[float, int]:
+    """Nats and number of the scored tokens of ids (N,): each but the very first, once, in windows
+    of `context` tokens that are `stride` apart.
+    """
+    starts = range(0, max(1, len(ids) - 1 - context + stride), stride)
+    rows = ((ids[s : s + context + 1], context + 1 - stride if s else 1) for s in starts)
+    scores = score(model, rows, batch_size, len(starts))
+    return math.fsum(row.nats for row in scores), sum(row.tokens for row in scores)
+
+
+def window_length(flag: str, wanted: int | None, config) -> int:
+    """How many tokens the model sees at once: block_size, or what the flag says."""
+    if wanted is not None and wanted > config.block_size and config.position == "learned":
+        raise ValueError(f"--{flag} {wanted}: the model has learned {config.block_size} positions")
+    return wanted or config.block_size
+
+
+# ---------------------------------------------------------------- a data set, a text
+
+
+def evaluate_split(model, tokenizer, options) -> dict:
+    """Loss, perplexity and bits per byte of one split of a data set, over all whole windows.
+
+    Bits per byte compare across tokenizers; None where the length of the text is unknown.
+    """
+    block_size = window_length("block_size", options.block_size, model.config)
+    dataset = find_dataset(options.data_dir, options.checkpoint, model, tokenizer)
+    split = options.split or "val"
+    dataset.require(block_size, [split])
+    tokens, text_bytes = getattr(dataset, split), dataset.meta["splits"][split].get("bytes")
+    at = tokens.argmax()
+    if tokens[at] >= dataset.vocab_size:
+        where = f"{split} of {dataset.data_dir}: token id {tokens[at]} at position {at}"
+        raise ValueError(f"{where} is not below {dataset.vocab_size}")
+    windows = (len(tokens) - 1) // block_size
+    whole = tokens[: windows * block_size + 1]
+    nats, scored = score_windows(model, whole, block_size, block_size, options.batch_size)
+    loss = nats / scored
+    return {
+        "data_dir": str(dataset.data_dir),
+        "split": split,
+        "tokens": len(tokens),
+        "windows": windows,
+        "block_size": block_size,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": loss * len(tokens) / math.log(2) / text_bytes if text_bytes else None,
+    }
+
+
+def find_dataset(data_dir, spec, model, tokenizer) -> TokenDataset:
+    """The data set to evaluate on; ValueError if its tokenizer is not the model's.
+
+    A checkpoint may come from anywhere: a folder that it names is opened only below this one.
+    """
+    if data_dir is None:
+        if spec is not None and not Path(spec).is_file():
+            raise ValueError(f"{spec} comes without a data set: name one with --data_dir DIR")
+        data_dir = model.config.data_dir
+        if not Path(data_dir).resolve().is_relative_to(Path.cwd()):
+            raise ValueError(f"trained on {data_dir}, outside this folder; allow it by --data_dir")
+    dataset = TokenDataset(data_dir)
+    theirs = dataset.meta["tokenizer"]
+    if theirs["sha256"] != tokenizer.hash():
+        theirs = f"{theirs['kind']}, {dataset.vocab_size:,} tokens"
+        ours = f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
+        raise ValueError(f"{data_dir}: its tokenizer ({theirs}) is not the model's ({ours})")
+    return dataset
 
 
 def evaluate_text(model, tokenizer, options) -> dict:
@@ -251,14 +156,12 @@ def evaluate_text(model, tokenizer, options) -> dict:
     stride = options.stride or max(1, context // 2)
     if stride > context:
         raise ValueError(f"--stride {stride}: must be at most the context of {context} tokens")
-    text_bytes, words = measure_text(options.file)
-    rows = text_windows(encoded_pieces(options.file, tokenizer), context, stride)
-    scores = score(model, rows, options.batch_size, options.device, options.autocast)
-    if not scores:
-        raise ValueError(f"{options.file}: one token only, which nothing precedes; take more text")
-    nats, tokens = math.fsum(found.nats for found in scores), sum(found.tokens for found in scores)
+    text = read_text(options.file, MOST_TEXT)
+    words, ids = len(text.split()), tokenizer.encode_to_numpy(text)  # (N,)
+    if words == 0 or len(ids) < 2:  # nothing precedes the first token
+        raise ValueError(f"{options.file}: no text in it, or one token only; take more text")
+    nats, tokens = score_windows(model, ids, context, stride, options.batch_size)
     return {
-        "task": "perplexity",
         "file": str(options.file),
         "tokens": tokens,
         "words": words,
@@ -267,206 +170,122 @@ def evaluate_text(model, tokenizer, options) -> dict:
         "loss": nats / tokens,
         "perplexity": perplexity(nats / tokens),
         "word_perplexity": perplexity(nats / words),
-        "bits_per_byte": nats / math.log(2) / text_bytes,
+        "bits_per_byte": nats / math.log(2) / len(text.encode()),
     }
-
-
-def measure_text(path) -> tuple[int, int]:
-    """Bytes and words (what white space separates) of a text; ValueError where it has none."""
-    text_bytes, words = 0, 0
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for line in file:
-                text_bytes += len(line.encode())
-                words += len(line.split())
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8; save it as UTF-8") from None
-    if words == 0:
-        raise ValueError(f"{path}: no text in it; name another with --file")
-    return text_bytes, words
-
-
-def encoded_pieces(path, tokenizer):
-    """The ids of a text file, piece by piece; the same as those of the whole text at once."""
-    done = 0
-    for piece in text_pieces(path, tokenizer):
-        try:
-            ids = tokenizer.encode(piece)
-        except ValueError as error:
-            raise ValueError(f"{path}, from character {done:,} on: {error}") from None
-        yield ids
-        done += len(piece)
-
-
-def text_pieces(path, tokenizer):
-    """A text file in pieces that can be encoded apart."""
-    held = ""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        while chunk := file.read(CHUNK):
-            held += chunk
-            cut = tokenizer.safe_cut(held) or len(held)
-            yield held[:cut]
-            held = held[cut:]
-    yield held
-
-
-def text_windows(pieces, context, stride):
-    """Rows of context + 1 ids, stride apart, that score every id but the very first once."""
-    held, first = [], 1
-    for ids in pieces:
-        held += ids
-        while len(held) > context:
-            yield held[: context + 1], first
-            held, first = held[stride:], context + 1 - stride
-    if len(held) > first:
-        yield held, first
 
 
 # ---------------------------------------------------------------- examples: HellaSwag and LAMBADA
 
 
+class HellaSwag(TypedDict):
+    ctx: Annotated[str, Field(min_length=1)]
+    endings: list[str]
+    label: int  # of the right ending
+
+
+class Lambada(TypedDict):
+    text: str
+
+
+def hellaswag_example(line: HellaSwag):
+    """(context, completions, which of them is right)"""
+    if not 0 <= line["label"] < len(line["endings"]):
+        raise ValueError(f"label {line['label']}: not one of {len(line['endings'])} endings")
+    return line["ctx"], [f" {ending}" for ending in line["endings"]], line["label"]
+
+
+def lambada_example(line: Lambada):
+    """The last word is the one completion."""
+    if len(words := line["text"].rsplit(maxsplit=1)) < 2:
+        raise ValueError("text: fewer than two words")
+    return words[0], [f" {words[1]}"], 0
+
+
+EXAMPLES = {  # of each task: type of a line, address, sha256
+    "hellaswag": (
+        Annotated[HellaSwag, AfterValidator(hellaswag_example)],
+        "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
+        "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+    ),
+    "lambada": (
+        Annotated[Lambada, AfterValidator(lambada_example)],
+        "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+        "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+    ),
+}
+
+
 def evaluate_hellaswag(model, tokenizer, options) -> dict:
-    """How often the right ending is the likeliest: in all (acc), and a token (acc_norm)."""
-    path = options.file or downloaded("hellaswag")
-    examples = read_examples(path, parse_hellaswag)
+    """How often the right ending is the most likely: in all (acc), per token (acc_norm)."""
+    path, examples = read_examples("hellaswag", options.file)
+    scores = score_completions(model, tokenizer, examples, options.batch_size)
     labels = [label for _, _, label in examples]
-    scored = score_completions(model, tokenizer, examples, options)
-    likeliest, on_average = zip(*map(choices, scored), strict=True)
+    chosen = [np.argmin([row.nats for row in rows]) for rows in scores]  # the first of equals
+    chosen_norm = [np.argmin([row.nats / row.tokens for row in rows]) for rows in scores]
     return {
-        "task": "hellaswag",
         "file": str(path),
         "examples": len(examples),
-        "acc": sum(map(eq, likeliest, labels)) / len(labels),
-        "acc_norm": sum(map(eq, on_average, labels)) / len(labels),
+        "acc": float(np.mean(np.equal(chosen, labels))),
+        "acc_norm": float(np.mean(np.equal(chosen_norm, labels))),
     }
-
-
-def choices(scores: list[Score]) -> tuple[int, int]:
-    """The ending that is likeliest as a whole, and the one whose tokens are on average."""
-    sums, means = [found.nats for found in scores], [found.nats / found.tokens for found in scores]
-    return sums.index(min(sums)), means.index(min(means))
 
 
 def evaluate_lambada(model, tokenizer, options) -> dict:
     """How often the last word is guessed, and its perplexity."""
-    path = options.file or downloaded("lambada")
-    parse = parse_lambada if str(path).endswith((".jsonl", ".json")) else split_passage
-    examples = read_examples(path, parse)
-    scores = [found for (found,) in score_completions(model, tokenizer, examples, options)]
+    path, examples = read_examples("lambada", options.file)
+    scores = score_completions(model, tokenizer, examples, options.batch_size)
     return {
-        "task": "lambada",
         "file": str(path),
         "examples": len(examples),
-        "acc": sum(found.greedy for found in scores) / len(scores),
-        "perplexity": perplexity(math.fsum(found.nats for found in scores) / len(scores)),
+        "acc": sum(word.greedy for (word,) in scores) / len(examples),
+        "perplexity": perplexity(math.fsum(word.nats for (word,) in scores) / len(examples)),
     }
 
 
-def score_completions(model, tokenizer, examples, options) -> list[list[Score]]:
-    """For each example (context, completions, ...) the scores of its completions.
+def read_examples(task: str, file: str | None) -> tuple[Path, list[tuple]]:
+    """The file and its examples, one a line: JSON in a .jsonl, in others a text. Without a file the
+    published examples, which rank 0 downloads once. ValueError naming file, line and field.
+    """
+    schema, address, sha256 = EXAMPLES[task]
+    path = Path(file or f"data/{task}/{address.rsplit('/', 1)[1]}")
+    if not path.exists():
+        log_row("fetching", address)
+    try:
+        broadcast_from_rank0(lambda: path.exists() or download(address, sha256, path))
+    except ValueError as problem:
+        raise ValueError(f"{address}: {problem}; name a copy of it with --file") from None
+    lines = read_text(path, MOST_TEXT).split("\n")
+    lines = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix not in (".json", ".jsonl"):
+        lines = [(name, json.dumps({"text": line})) for name, line in lines]
+    if not lines:
+        raise ValueError(f"{path}: no examples in it; name another with --file")
+    return path, [check_json(line, schema, name) for name, line in lines]
 
-    Context and completions are encoded apart. A context that is too long loses its beginning.
-    Completions that are equal are scored once: no rounding shall choose between them.
+
+def score_completions(model, tokenizer, examples, batch_size: int) -> list[list[Score]]:
+    """For each example the scores of its completions.
+
+    Context and completions are encoded separately. A context that is too long loses its beginning.
+    Equal completions are scored once, so that rounding cannot choose between them.
     """
     block_size, asked, cropped = model.config.block_size, [], 0
-    for number, (context, completions, *_) in enumerate(examples, start=1):
+    for number, (context, completions, _) in enumerate(examples, start=1):
         prompt = tokenizer.encode(context)
         endings = [tokenizer.encode(completion) for completion in completions]
-        room = block_size + 1 - max(map(len, endings))  # the last token is not put in
+        longest = max(map(len, endings))
+        room = block_size + 1 - longest  # the last token is not put in
         if room < 1:
-            raise ValueError(
-                f"example {number}: {block_size + 1 - room} tokens after the context, "
-                f"more than block_size {block_size}; take a model with a longer one"
-            )
+            raise ValueError(f"example {number}: {longest} tokens exceed block_size {block_size}")
         cropped += len(prompt) > room
         kept = prompt[-room:]
         asked.append([(tuple(kept + ending), len(kept)) for ending in endings])
     if cropped:
         warn(f"{cropped:,} of {len(examples):,} contexts cropped to fit block_size {block_size}")
     rows = dict.fromkeys(row for rows in asked for row in rows)
-    rows = sorted(rows, key=lambda row: -len(row[0]))  # alike in length: less padding
-    scores = score(model, rows, options.batch_size, options.device, options.autocast)
-    score_of = dict(zip(rows, scores, strict=True))
+    rows = sorted(rows, key=lambda row: -len(row[0]))  # similar lengths together: less padding
+    score_of = dict(zip(rows, score(model, rows, batch_size, len(rows)), strict=True))
     return [[score_of[row] for row in rows] for rows in asked]
-
-
-def read_examples(path, parse) -> list[tuple]:
-    """What parse makes of each line of a file; ValueError naming the line that it refuses."""
-    try:
-        lines = Path(path).read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8; save it as UTF-8") from None
-    examples = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.strip():
-                examples.append(parse(line))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    if not examples:
-        raise ValueError(f"{path}: no examples in it; name another with --file")
-    return examples
-
-
-def parse_hellaswag(line) -> tuple[str, list[str], int]:
-    """Context, endings (each with the space before it) and which of them is right."""
-    context, endings, label = json_fields(line, "ctx", "endings", "label")
-    if not isinstance(context, str) or not context:
-        raise ValueError("'ctx' is not a text")
-    if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
-        raise ValueError("'endings' is not a list of texts")
-    if type(label) is not int or not 0 <= label < len(endings):
-        raise ValueError(f"'label' is {label!r}, not one of {len(endings)} endings, from 0 on")
-    return context, [f" {ending}" for ending in endings], label
-
-
-def parse_lambada(line) -> tuple[str, list[str]]:
-    (text,) = json_fields(line, "text")
-    if not isinstance(text, str):
-        raise ValueError("'text' is not a text")
-    return split_passage(text)
-
-
-def split_passage(text) -> tuple[str, list[str]]:
-    """What precedes the last word, and the last word with a space before it."""
-    parts = text.rsplit(maxsplit=1)
-    if len(parts) < 2:
-        raise ValueError("fewer than two words")
-    return parts[0], [f" {parts[1]}"]
-
-
-def json_fields(line, *names):
-    """The named fields of a line of JSON."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error})") from None
-    missing = [name for name in names if not isinstance(record, dict) or name not in record]
-    if missing:
-        raise ValueError(f"no field {missing[0]!r}")
-    return [record[name] for name in names]
-
-
-# ---------------------------------------------------------------- downloading
-
-
-def downloaded(task) -> Path:
-    """The published examples of a task; the first process fetches them where they are not here."""
-    address, sha256 = DOWNLOADS[task]
-    path = Path("data") / task / address.rsplit("/", 1)[1]
-
-    def fetch():
-        log_row("fetching", address)
-        try:
-            with writing():
-                download(address, sha256, path)
-        except ValueError as problem:
-            raise ValueError(
-                f"{address}: {problem}; get the file some other way and name it with --file"
-            ) from None
-
-    from_first(lambda: path.exists() or fetch())
-    return path
 
 
 # ---------------------------------------------------------------- the command line
@@ -478,99 +297,72 @@ TASKS = {
     "lambada": evaluate_lambada,
 }
 OWN_FLAGS = {"val": ("data_dir", "split", "block_size"), "perplexity": ("context", "stride")}
-
-
-def table(result: dict) -> str:
-    """A line for each entry of a result."""
-    lines = []
-    for name, value in result.items():
-        style = {int: ",", float: ".4f"}.get(type(value), "")
-        value = "unknown" if value is None else format(value, style)
-        lines.append(laid_out(value, f"{name:<17}", "dim", sys.stdout))
-    return "\n".join(lines)
-
-
-def one_line(result: dict) -> str:
-    """A result as JSON, which has neither infinity nor NaN: null stands for them."""
-    odd = [name for name, value in result.items() if str(value) in ("inf", "nan")]
-    return json.dumps(result | dict.fromkeys(odd))
-
-
-def parse(argv):
-    parser = ArgumentParser(__doc__, prog="evaluate.py", usage=USAGE)
-    add_model_flags(parser)
-    add = parser.add_argument_group("what to measure").add_argument
-    add("--task", nargs="+", choices=TASKS, default=["val"], metavar="TASK", help=TASK)
-    add("--file", metavar="FILE", help="a text, or examples (default: they are downloaded)")
-    add = parser.add_argument_group("of --task val").add_argument
-    add("--data_dir", metavar="DIR", help="data set (default: what the model was trained on)")
-    add("--split", choices=["train", "val"], help="which split (default: val)")
-    add("--block_size", type=int, metavar="N", help="tokens in a window (default: the model's)")
-    add = parser.add_argument_group("of --task perplexity").add_argument
-    add("--context", type=int, metavar="N", help="tokens in a window (default: block_size)")
-    add("--stride", type=int, metavar="N", help="its step (default: half a window)")
-    add = parser.add_argument_group("speed and output").add_argument
-    add("--batch_size", type=int, default=8, metavar="N", help="rows at a time (default: 8)")
-    add("--json", action="store_true", help="print one JSON object a line for each task")
-    options = parser.parse_args(argv)
-    options.task = list(dict.fromkeys(options.task))
-    check(options)
-    return options
-
-
 USAGE = "evaluate.py [--task TASK ...] [--checkpoint MODEL] [flags below]"
-TASK = f"one or more of {', '.join(TASKS)} (default: val)"
 
 
-def check(options):
-    """ValueError with a line for each flag that makes no sense."""
-    problems = [
-        f"--{name} {value}: must be at least 1"
-        for name in ("batch_size", "block_size", "context", "stride")
-        if (value := getattr(options, name)) is not None and value < 1
-    ]
-    problems += [
-        f"--{name} is for --task {task} only"
-        for task, names in OWN_FLAGS.items()
-        for name in names
-        if getattr(options, name) is not None and task not in options.task
-    ]
-    readers = [task for task in options.task if task != "val"]
-    if options.file is not None and len(readers) != 1:
-        problems.append("--file: name the one task that reads it (--task perplexity, for example)")
-    elif options.file is not None and not Path(options.file).is_file():
-        problems.append(f"--file {options.file}: no such file")
-    elif options.file is None and "perplexity" in readers:
-        problems.append("--task perplexity: name a text with --file")
-    if problems:
-        raise ValueError("\n".join(problems))
+@dataclass
+class Options(ModelOptions):
+    # what to measure
+    task: list[Literal[*TASKS]] = field(default_factory=lambda: ["val"])  # (default: val)
+    file: str | None = None  # a text, or examples; unset: they are downloaded
+    # of --task val
+    data_dir: str | None = None  # data set; unset: what the model was trained on
+    split: Literal["train", "val"] | None = None  # which split; unset: val
+    block_size: integer(1) | None = None  # tokens in a window; unset: the model's
+    # of --task perplexity
+    context: integer(1) | None = None  # tokens in a window; unset: block_size
+    stride: integer(1) | None = None  # its step; unset: half a window
+    # speed and output
+    batch_size: integer(1) = 8  # rows at a time
+    json: bool = False  # print one JSON object a line for each task
+
+    def problems(self):
+        for task, names in OWN_FLAGS.items():
+            for name in names:
+                if task not in self.task and getattr(self, name) is not None:
+                    yield Problem((name,), f"--{name} is for --task {task} only")
+        readers = set(self.task) - {"val"}
+        if self.file is None and "perplexity" in readers:
+            yield Problem(("file",), "--task perplexity: name a text with --file")
+        elif self.file is not None and len(readers) != 1:
+            yield Problem(("file",), "--file: name the one task that reads it with --task")
+        elif self.file is not None and not Path(self.file).is_file():
+            yield Problem(("file",), f"--file {self.file}: no such file")
 
 
-def measure(task, model, tokenizer, options) -> dict:
-    """The result of a task."""
-    try:
-        return TASKS[task](model, tokenizer, options)
-    except torch.OutOfMemoryError as error:
-        size = f"--batch_size {options.batch_size}"
-        raise ValueError(f"{size}: out of GPU memory; take less, or --device cpu") from error
+def print_result(result: dict, as_json: bool):
+    """A table, or a line of JSON, where null stands for infinity and NaN."""
+    if as_json and rank() == 0:
+        odd = [name for name, value in result.items() if str(value) in ("inf", "nan")]
+        print(json.dumps(result | dict.fromkeys(odd)), flush=True)
+    elif not as_json:
+        formats = {int: "{:,}", float: "{:.4f}", type(None): "unknown"}
+        texts = {name: formats.get(type(v), "{}").format(v) for name, v in result.items()}
+        print_rows([(f"{name:<16}", text, "dim") for name, text in texts.items()])
 
 
 def main(argv=None) -> int:
-    options = parse(argv)
-    asked = options.device
+    options = parse_args(Options, argv, __doc__, USAGE)
     device, _ = pick_device(options.device)
-    dtype = dtype_name(options.dtype or pick_dtype(device))
+    set_up_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = False  # float32 is for figures that others compare
+    dtype = options.dtype or pick_dtype(device)
     half = dtype in ("bfloat16", "float16")  # as in training: float32 weights under autocast
-    options.device, options.autocast = device, autocast(device, dtype)
     with process_group(device):
         model, tokenizer = load_model(options.checkpoint, device, "float32" if half else dtype)
         if half:
             log_row("precision", f"{dtype} for matrix products (autocast), float32 for the rest")
-        for task in options.task:
-            result = measure(task, model, tokenizer, options)
-            if rank() == 0:
-                print(one_line(result) if options.json else table(result), flush=True)
-    say_next(options.checkpoint, asked, options.dtype)
+        for task in dict.fromkeys(options.task):
+            try:
+                with autocast(device, dtype):
+                    result = {"task": task} | TASKS[task](model, tokenizer, options)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                size = f"--batch_size {options.batch_size}"
+                raise ValueError(f"{size}: out of memory on {device}; take less") from error
+            print_result(result, options.json)
+    log_next_generate(options.checkpoint, options.device, options.dtype)
     return 0
 
 

@@ -1,6 +1,6 @@
 """GPT-2: the network and its key-value cache.
 
-Shapes: B batch, T time (new tokens), S tokens seen so far, C channels (n_embd), H heads,
+Shapes: B batch, T new tokens, S tokens that attention looks at, C channels (n_embd), H heads,
 D channels of a head, V vocabulary, L layers.
 
     from config import GPT2Config
@@ -13,18 +13,15 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from config import GPT2Config
 
-# While it is multiplied, the output matrix gets rows up to a multiple of this, which tensor cores
-# want: 50,304 instead of 50,257.
-PADDING = {"cuda": 64}
-MOST_SCORES = 2**23  # a layer of plain attention keeps 6 bytes of each for going backward
-FEW = 256  # tokens for which copying the matrix would cost more than it brings
+MAX_SCORES = 2**23  # plain attention keeps 6 bytes of each for the backward pass
 
 
 class CausalSelfAttention(nn.Module):
-    """Each position looks at itself and at what came before, n_head ways at once."""
+    """Multi-head attention: each token looks at itself and at tokens before it."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -32,57 +29,42 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
-    def forward(self, x, mask=None, angles=None, cache=None):
+    def forward(self, x, mask=None, rotary=None, cache=None):
         B, T, C = x.shape
-        qk, v = self.c_attn(x).split([2 * C, C], dim=2)  # (B, T, 2C), (B, T, C)
-        qk = qk.view(B, T, 2 * self.n_head, -1).transpose(1, 2)  # (B, 2H, T, D)
-        v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        if angles is not None:
-            qk = rotate(qk, angles)
-        q, k = qk.chunk(2, dim=1)  # (B, H, T, D) each
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # (B, H, T, D) each
+        if rotary is not None:
+            q, k = apply_rotary(qkv[:2], *rotary)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # (B, H, S, D) each
+            k, v = cache.update(self.layer, k, v)  # (B, H, S, D) each
         p = self.dropout if self.training else 0.0
-        y = attention(q, k, v, mask, p, causal=mask is None and T > 1)  # (B, H, T, D)
+        y = attention(q, k, v, mask, p)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), p)
 
 
-def attention(q, k, v, mask, dropout, causal):
-    """Scaled dot-product attention, in the way that is fastest for it: (B, H, T, D).
-
-    mask: None, or what broadcasts to (B, H, T, S): True where a token may look, or a number to add.
-    A CPU's fused kernel saves memory, not time. In bf16 plain products take half of it, as long as
-    the scores (B, H, T, S) are few; a single token that looks far back at a cache in float32 gains
-    a fifth.
+def attention(q, k, v, mask=None, dropout=0.0):
+    """Scaled dot-product attention (B, H, T, D). A CPU's fused kernel saves memory, not time: in
+    bf16 plain products take half of it, as long as the scores (B, H, T, S) are few.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        with torch.autocast(q.device.type, enabled=False):
-            return attention(q, k, v, mask, dropout, causal)
-    dtype, T, S = q.dtype, q.shape[2], k.shape[2]
-    if q.device.type == "cpu" and dtype == torch.bfloat16:
-        few = MOST_SCORES if mask is None else 2 * MOST_SCORES  # the fused kernel dislikes masks
-        if T > 1 and q[..., 0].numel() * S <= few:
-            return plain_attention(q, k.to(dtype), v.to(dtype), mask, dropout, causal)
-        if T == 1 and mask is None and S > 256 and k.dtype == torch.float32:
-            return plain_attention(q.float(), k, v, None, dropout, False).to(dtype)
+    T, few_scores = q.shape[2], q[..., 0].numel() * k.shape[2] <= MAX_SCORES
+    if q.device.type == "cpu" and q.dtype == k.dtype == torch.bfloat16 and T > 1 and few_scores:
+        return plain_attention(q, k, v, mask, dropout)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(k.dtype)
+    causal = mask is None and T > 1
     y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout, is_causal=causal)
-    return y.to(dtype)
+    return y.to(q.dtype)
 
 
-def plain_attention(q, k, v, mask, dropout, causal):
-    """attention by its formula (Vaswani et al. 2017)."""
-    wide, scale = torch.promote_types(q.dtype, torch.float32), 1 / math.sqrt(q.shape[-1])
-    if causal:
-        mask = q.new_full((q.shape[2], k.shape[2]), -math.inf, dtype=wide).triu_(1)  # (T, S)
-    elif mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=wide).masked_fill_(~mask, -math.inf)
+def plain_attention(q, k, v, mask=None, dropout=0.0):
+    """attention by its formula (Vaswani et al. 2017), with scores in float32 at least."""
+    (T, D), S = q.shape[2:], k.shape[2]
     if mask is None:
-        scores = (k @ (q * scale).mT).mT  # (B, H, T, S)
-    else:
-        scores = torch.add(mask, q @ k.mT, alpha=scale)
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -math.inf)
+    scores = torch.add(mask, q @ k.mT, alpha=1 / math.sqrt(D))  # (B, H, T, S)
     weights = F.softmax(scores, dim=-1).to(q.dtype)
     return F.dropout(weights, dropout) @ v
 
@@ -90,40 +72,42 @@ def plain_attention(q, k, v, mask, dropout, causal):
 # ---------------------------------------------------------------- positions
 
 
-def rotary_angles(positions, head_size, dtype):
-    """Cosines and signed sines (..., T, D) with which `rotate` turns pairs of channels of tokens
-    at positions (..., T): RoPE (Su et al. 2021).
+def attention_mask(config, positions, S):
+    """Which of the first S tokens those at positions (B or 1, T) attend to, bool (B or 1, 1, T, S);
+    for ALiBi what is added to their scores (B or 1, H, T, S).
+    """
+    distance = positions[:, None, :, None] - torch.arange(S, device=positions.device)
+    return alibi_bias(distance, config.n_head) if config.position == "alibi" else distance >= 0
+
+
+def alibi_bias(distance, n_head):
+    """ALiBi (Press et al. 2022): a token counts less the farther back it is, and not at all when it
+    is ahead; distance (B or 1, 1, T, S).
+    """
+    power = 2 ** math.floor(math.log2(n_head))
+    head = torch.arange(n_head, device=distance.device)
+    # 2^(-8/n), 2^(-16/n) ... for n a power of two; else every second of those for twice as many
+    exponent = torch.where(head < power, 8 * (head + 1), 4 * (2 * (head - power) + 1)) / power
+    bias = -(2.0**-exponent)[:, None, None] * distance  # (B or 1, H, T, S)
+    return bias.masked_fill(distance < 0, -math.inf)
+
+
+def rotary_cos_sin(positions, head_size, dtype):
+    """RoPE (Su et al. 2021) at positions (B or 1, T): cosines and signed sines, (B or 1, 1, T, D),
+    in float32 at least: bf16 has 8 bits for a position.
     """
     dtype = torch.promote_types(dtype, torch.float32)
     channels = torch.arange(0, head_size, 2, device=positions.device, dtype=dtype)
-    angles = positions[..., None] * 10000.0 ** (-channels / head_size)  # (..., T, D/2)
-    if angles.ndim == 3:  # rows with positions of their own
-        angles = angles[:, None]  # (B, 1, T, D/2)
+    angles = positions[:, None, :, None] * 10000.0 ** (-channels / head_size)  # (.., 1, T, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x, angles):
-    """x (B, any, T, D), channels i and i + D/2 turned together by an angle that grows with the
-    position, so that the product of a query and a key depends on their distance alone.
+def apply_rotary(x, cos, sin):
+    """x (.., T, D) with channels i and i + D/2 rotated by an angle that grows with the position, so
+    that the product of a query and a key depends on their distance alone.
     """
-    cos, sin = angles
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
-
-
-def distance_penalty(positions, seen, n_head):
-    """ALiBi (Press et al. 2022) as a mask (1 or B, H, T, S): a token at positions (..., T) sees the
-    `seen` first ones, each the less the farther back it is; a slope for each head.
-    """
-    device, power = positions.device, 2 ** math.floor(math.log2(n_head))
-    head = torch.arange(n_head, device=device)
-    # 2^(-8/n), 2^(-16/n) ... for n a power of two; else every second of those for twice as many
-    exponent = torch.where(head < power, 8 * (head + 1), 4 * (2 * (head - power) + 1)) / power
-    slope = 2.0**-exponent  # (H,)
-    distance = positions[..., None] - torch.arange(seen, device=device)  # (..., T, S)
-    distance = distance.view(-1, 1, *distance.shape[-2:])  # (1 or B, 1, T, S)
-    penalty = -slope.view(1, -1, 1, 1) * distance  # (1 or B, H, T, S)
-    return penalty.masked_fill(distance < 0, -math.inf)
 
 
 # ---------------------------------------------------------------- the network
@@ -152,8 +136,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, angles=None, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, angles, cache)
+    def forward(self, x, mask=None, rotary=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, rotary, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -188,73 +172,44 @@ class GPT2(nn.Module):
                 std = residual_std if name.endswith("c_proj.weight") else 0.02
                 nn.init.normal_(parameter, mean=0.0, std=std)
 
-    def forward(self, idx, targets=None, cache=None, at=None):
-        """Logits (B, T, V) and the loss: mean cross-entropy in nats over targets that are not -1.
+    def forward(self, idx, targets=None, cache=None, last=None):
+        """Logits (B, T, V) and the loss (see cross_entropy), None without targets.
 
-        idx and targets are int64 (B, T). at, int64 (B,), asks for the logits of one token of each
-        row alone: (B, 1, V). With a cache, idx are the tokens that follow those in it;
-        the cache takes them up. Raises ValueError where T > block_size, positions are learned and
-        there is no cache.
+        idx and targets are int64 (B, T). With a cache, idx are the tokens that follow those in it.
+        last, int64 (B,), asks for the logits at one position of each row: (B, 1, V).
+        Raises ValueError where T > block_size, positions are learned and there is no cache.
         """
-        T, limit = idx.shape[1], context_limit(self.config)
-        mask = None
-        if cache is None:
-            if limit is not None and T > limit:
-                raise ValueError(f"{T} tokens are more than block_size {limit}")
-            positions = torch.arange(T, device=idx.device)  # (T,)
-        elif cache.has_room(T):
-            positions, mask = cache.begin(idx)  # (T,), or (B, T) where rows differ in length
-        else:
-            return self._slide(idx, cache), None
-        x, mask, angles = self.embed(idx, positions, mask, T if cache is None else cache.seen)
-        for block in self.transformer.h:
-            x = block(x, mask, angles, cache)
-        if cache is not None:
-            cache.end()
-        if at is not None:
-            x = x[torch.arange(len(x), device=x.device), at][:, None]  # (B, 1, C)
-        logits = self.logits(self.transformer.ln_f(x))  # (B, T, V)
+        x = self.hidden(idx, cache)
+        if last is not None:
+            x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, C)
+        logits = self.lm_head(x)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
-    def embed(self, idx, positions, mask, seen):
-        """What enters the blocks, (B, T, C); and what tells them positions: mask and angles."""
-        config, angles = self.config, None
+    def hidden(self, idx, cache=None):
+        """What the head multiplies: (B, T, C) after the last layer norm."""
+        config, T, limit = self.config, idx.shape[1], context_limit(self.config)
+        mask = rotary = None
+        if cache is not None:
+            positions, S, causal = cache.advance(T)  # (B or 1, T)
+        elif limit is None or T <= limit:
+            positions, S, causal = torch.arange(T, device=idx.device)[None], T, True
+        else:
+            raise ValueError(f"{T} tokens are more than block_size {limit}")
+        if config.position == "alibi" or not causal:
+            mask = attention_mask(config, positions, S)
         x = self.transformer.wte(idx)  # (B, T, C)
         if config.position == "learned":
             x = x + self.transformer.wpe(positions)
         elif config.position == "rope":
-            angles = rotary_angles(positions, config.n_embd // config.n_head, x.dtype)
-        else:
-            mask = distance_penalty(positions, seen, config.n_head)
-        return self.transformer.drop(x), mask, angles
-
-    def logits(self, x):
-        """(B, T, V) from (B, T, C); rows added to the output matrix for speed are cut off again."""
-        V, multiple = self.config.vocab_size, PADDING.get(x.device.type, 1)
-        if V % multiple == 0 or x[..., 0].numel() < FEW:
-            return self.lm_head(x)
-        weight = F.pad(self.lm_head.weight, (0, 0, 0, -V % multiple))
-        return F.linear(x, weight)[..., :V]
-
-    def _slide(self, idx, cache):
-        """Logits for tokens that do not fit: a full row starts again from its last half.
-
-        Token by token, because each row slides at its own time.
-        """
-        logits = []
-        cache.make_room(cache.block_size)
-        for token in idx.split(1, dim=1):  # (B, 1)
-            full = [row for row, length in enumerate(cache.lengths) if length == cache.block_size]
-            rest = [row for row in range(len(cache.lengths)) if row not in full]
-            out = token.new_empty(token.shape[0], 1, self.config.vocab_size, dtype=cache.kv.dtype)
-            for rows, start_again in ((full, True), (rest, False)):
-                if rows:
-                    part = cache.rows(rows, start_again)
-                    new = torch.cat([part.kept, token[rows]], dim=1)  # (rows, half) or (rows, 1)
-                    out[rows] = self(new, cache=part)[0][:, -1:].to(out.dtype)
-                    cache.put(rows, part)
-            logits.append(out)
-        return torch.cat(logits, dim=1)  # (B, T, V)
+            rotary = rotary_cos_sin(positions, config.n_embd // config.n_head, x.dtype)
+        x = self.transformer.drop(x)
+        recompute = config.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for block in self.transformer.h:
+            if recompute:
+                x = checkpoint(block, x, mask, rotary, use_reentrant=False)
+            else:
+                x = block(x, mask, rotary, cache)
+        return self.transformer.ln_f(x)
 
     def num_params(self) -> int:
         """How many numbers are learned; the tied head counts once."""
@@ -262,25 +217,25 @@ class GPT2(nn.Module):
 
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs a token (Chowdhery et al. 2022, appendix B)."""
-        config = self.config
-        n = self.num_params()
+        config, n = self.config, self.num_params()
         if config.position == "learned":
             n -= self.transformer.wpe.weight.numel()
         return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size
 
 
+# ---------------------------------------------------------------- the loss
+
+
 def cross_entropy(logits, targets):
     """Mean cross-entropy in nats, in at least float32; targets of -1 do not count.
 
-    logits (B, T, V), targets int64 (B, T). Many logits go through CrossEntropy, but for a compiled
-    model, whose kernels need no help.
+    logits (B, T, V), targets int64 (B, T). Compiled kernels need no CrossEntropy.
     """
-    logits, targets = logits.flatten(0, 1), targets.flatten()  # (B * T, V), (B * T,)
-    if logits.numel() > logits_at_once(logits.device.type) and not torch.compiler.is_compiling():
-        return CrossEntropy.apply(logits, targets)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return F.cross_entropy(logits, targets, ignore_index=-1)
+    logits, targets = logits.flatten(0, 1), targets.flatten()  # (N, V), (N,), N = B * T
+    if torch.compiler.is_compiling():
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), targets, ignore_index=-1)
+    return CrossEntropy.apply(logits, targets)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -290,37 +245,33 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
-        wide, rows = torch.promote_types(logits.dtype, torch.float32), rows_at_once(logits)
         ctx.save_for_backward(logits, targets)
+        wide = torch.promote_types(logits.dtype, torch.float32)
         losses = [
             F.cross_entropy(part.to(wide), target, ignore_index=-1, reduction="sum")
-            for part, target in zip(logits.split(rows), targets.split(rows), strict=True)
+            for part, target in chunks(logits, targets)
         ]
         return torch.stack(losses).sum() / (targets != -1).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        """A logit's derivative: its probability, less 1 for the target's."""
+        """The derivative by a logit: its probability, less 1 for the target's."""
         logits, targets = ctx.saved_tensors
-        counts, words = targets != -1, targets.clamp(min=0)[:, None]  # (N,), (N, 1), N = B * T
+        counts, out = targets != -1, torch.empty_like(logits)
         scales = (grad / counts.sum()).where(counts, 0)[:, None]  # (N, 1)
-        out, rows = torch.empty_like(logits), rows_at_once(logits)
-        tables = (out, logits, words, scales)
-        for out_part, part, word, scale in zip(*(t.split(rows) for t in tables), strict=True):
-            slopes = part.softmax(1, dtype=grad.dtype)
-            slopes.scatter_(1, word, slopes.gather(1, word) - 1)
-            out_part.copy_(slopes.mul_(scale))
+        targets = targets.clamp(min=0)[:, None]  # (N, 1)
+        for part, out_part, target, scale in chunks(logits, out, targets, scales):
+            p = part.softmax(1, dtype=grad.dtype)
+            p.scatter_(1, target, p.gather(1, target) - 1)
+            out_part.copy_(p.mul_(scale))
         return out, None
 
 
-def rows_at_once(logits):
-    return max(1, logits_at_once(logits.device.type) // logits.shape[1])
-
-
-def logits_at_once(device_type: str) -> int:
-    """A CPU's cache holds so many in float32; a GPU would rather have fewer and larger kernels."""
-    return 2**20 if device_type == "cpu" else 2**24
+def chunks(logits, *others):
+    """Some rows of each at a time: so many logits as a CPU's cache holds, on a GPU more."""
+    rows = max(1, 2 ** (20 if logits.device.type == "cpu" else 24) // logits.shape[1])
+    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
 
 # ---------------------------------------------------------------- the cache
@@ -334,9 +285,8 @@ def context_limit(config: GPT2Config) -> int | None:
 def context_start(length: int, limit: int | None) -> int:
     """First of `length` tokens that the model still sees when it predicts the next one.
 
-    Up to the limit all are seen. Beyond, only the last limit // 2 are kept, and the context grows
-    from there until it is full again: filling it anew at every token would cost as much as having
-    no cache. Cached and uncached generation both follow this rule.
+    Beyond the limit only the last limit // 2 are kept, and the context grows from there until it is
+    full again: filling a cache anew at every token would cost as much as having none.
     """
     if limit is None or length <= limit:
         return 0
@@ -344,118 +294,48 @@ def context_start(length: int, limit: int | None) -> int:
     return length - half - (length - limit - 1) % (limit - half + 1)
 
 
-FIRST_ROOM = 128  # tokens; clearing room for all of block_size takes as long as several steps
-
-
 class KVCache:
-    """Keys and values of the tokens seen so far, passed to GPT2.forward, which fills it.
+    """Keys and values of the tokens that each row has seen; GPT2.forward fills it.
 
-    Each row has its own length, so that prompts of unequal length, padded on the right, go through
-    together: after the padded prompts call `truncate` with their true lengths.
+    What lies behind a row's length is never looked at and is overwritten: after prompts of unequal
+    length, padded on the right, call set_lengths. Rows of different lengths are masked; on a GPU no
+    shape then depends on the lengths, as a CUDA graph needs.
     """
 
-    def __init__(self, config: GPT2Config, batch_size: int, device=None, dtype=None):
-        self.config, self.block_size = config, config.block_size
-        self.limit = context_limit(config)
-        head_size = config.n_embd // config.n_head
-        room = min(config.block_size, FIRST_ROOM)
-        shape = (config.n_layer, 2, batch_size, config.n_head, room, head_size)
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)  # (L, 2, B, H, room, D)
-        self.idx = torch.zeros(batch_size, room, dtype=torch.int64, device=device)
-        self.kept = None  # tokens with which a row that was full starts again
-        self.lengths = [0] * batch_size  # on the host: reading them never waits for the device
-        self.positions = None  # see hold_still
+    def __init__(self, config: GPT2Config, batch_size: int, capacity: int, device=None, dtype=None):
+        B, H, D = batch_size, config.n_head, config.n_embd // config.n_head
+        self.kv = torch.zeros(config.n_layer, 2, B, H, capacity, D, device=device, dtype=dtype)
+        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
+        self.common_length = 0  # of all rows, known on the host; None: they may differ
 
-    def hold_still(self):
-        """From now on a step of one token has the same shapes at every length, as a CUDA graph
-        needs: lengths are kept on the device too, and all the room is looked at, under a mask.
+    def set_lengths(self, lengths: list[int]):
+        self.lengths.copy_(torch.tensor(lengths))
+        self.common_length = lengths[0] if len(set(lengths)) == 1 else None
+
+    def advance(self, T: int):
+        """Make each row T tokens longer. Their positions (B or 1, T); S, how far attention looks;
+        and whether kernels can do without a mask: they are causal where S = T or T = 1.
         """
-        self.make_room(self.block_size)
-        self.positions = torch.tensor(self.lengths, device=self.idx.device)[:, None]  # (B, 1)
-
-    def has_room(self, tokens: int) -> bool:
-        return self.limit is None or max(self.lengths) + tokens <= self.limit
-
-    def truncate(self, lengths: list[int]):
-        """Forget what each row holds beyond its length: the padding of shorter prompts."""
-        assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
-        self.lengths = list(lengths)
-        self._tell_device()
-
-    def _tell_device(self):
-        if self.positions is not None:
-            self.positions.copy_(torch.tensor(self.lengths)[:, None])
-
-    def begin(self, idx):
-        """Make room for idx (B, T). Their positions (T,), or (B, T) where rows differ in length,
-        and the mask (1 or B, 1, T, S) where the one for tokens that come first would not do.
-        """
-        T, device = idx.shape[1], idx.device
-        first, still = self.lengths[0], self.positions is not None and T == 1
-        self.new, self.seen = T, max(self.lengths) + T
-        self.ragged = still or any(length != first for length in self.lengths)
-        self.make_room(self.seen)
-        if still:
-            self.seen, positions = self.idx.shape[1], self.positions  # (B, 1)
-        elif self.ragged:
-            starts = torch.tensor(self.lengths, device=device)
-            positions = starts[:, None] + torch.arange(T, device=device)  # (B, T)
+        start, device = self.common_length, self.kv.device
+        B, H, capacity = self.kv.shape[2:5]
+        positions = torch.arange(T, device=device)[None]  # (1, T)
+        if start is not None:
+            positions, S = positions + start, start + T
+            self.places, self.common_length = (..., slice(start, S), slice(None)), S
         else:
-            positions = torch.arange(first, first + T, device=device)  # (T,)
-        self._positions, mask = positions, None
-        if self.ragged:
-            self._rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
-            self.idx[self._rows, positions] = idx
-        else:
-            self.idx[:, first : first + T] = idx
-        if self.ragged or (first > 0 and T > 1):
-            seen = torch.arange(self.seen, device=device)  # (S,)
-            mask = (seen <= positions[..., None]).view(-1, 1, T, self.seen)
-        return positions, mask
+            positions = positions + self.lengths[:, None]  # (B, T)
+            S = int(positions.max()) + 1 if device.type == "cpu" else capacity
+            rows, heads = (torch.arange(n, device=device) for n in (B, H))
+            self.places = rows[:, None, None], heads[:, None], positions[:, None]  # (B, H, T)
+        assert S <= capacity, f"{S} tokens in a cache for {capacity}"
+        self.lengths += T
+        self.S = S
+        return positions, S, start == 0 or (start is not None and T == 1)
 
-    def make_room(self, tokens):
-        """Room for so many; it doubles, so that each token is moved about once."""
-        room = self.idx.shape[1]
-        if tokens > room:
-            most = max(2 * room, tokens)
-            more = (most if self.limit is None else min(most, self.limit)) - room
-            self.kv = F.pad(self.kv, (0, 0, 0, more))
-            self.idx = F.pad(self.idx, (0, more))
-
-    def append(self, layer, k, v):
-        """Take up a layer's new keys and values (B, H, T, D); give all, (B, H, S, D) each."""
-        keys, values = self.kv[layer]  # (B, H, room, D) each
-        k, v = k.detach(), v.detach()  # a cache is for generating: no gradient flows through it
-        if self.ragged:
-            keys[self._rows, :, self._positions] = k.transpose(1, 2).to(keys.dtype)
-            values[self._rows, :, self._positions] = v.transpose(1, 2).to(values.dtype)
-        else:
-            start = self.seen - self.new
-            keys[:, :, start : self.seen] = k
-            values[:, :, start : self.seen] = v
-        return keys[:, :, : self.seen], values[:, :, : self.seen]
-
-    def end(self):
-        """All layers have taken up the new tokens."""
-        self.lengths = [length + self.new for length in self.lengths]
-        if self.positions is not None:
-            self.positions += self.new
-
-    def rows(self, rows: list[int], start_again: bool) -> "KVCache":
-        """A cache of some rows: as they are, or empty with the tokens to start again from."""
-        part = object.__new__(KVCache)
-        part.config, part.block_size, part.limit = self.config, self.block_size, self.limit
-        part.kv, part.idx = self.kv[:, :, rows], self.idx[rows]  # copies
-        half = max(1, self.block_size // 2)
-        first = self.block_size + 1 - half if start_again else self.block_size
-        part.kept = part.idx[:, first:]
-        part.positions = None
-        part.lengths = [0 if start_again else self.lengths[row] for row in rows]
-        return part
-
-    def put(self, rows: list[int], part: "KVCache"):
-        """Take back rows that went through the model on their own."""
-        self.kv[:, :, rows], self.idx[rows] = part.kv, part.idx
-        for row, length in zip(rows, part.lengths, strict=True):
-            self.lengths[row] = length
-        self._tell_device()
+    def update(self, layer: int, k, v):
+        """Store a layer's new keys and values (B, H, T, D); all to look at, (B, H, S, D) each."""
+        keys, values = self.kv[layer]  # (B, H, capacity, D) each
+        if self.common_length is None:
+            k, v = k.to(keys.dtype), v.to(keys.dtype)  # a slice casts by itself, an index does not
+        keys[self.places], values[self.places] = k.detach(), v.detach()
+        return (k, v) if self.S == k.shape[2] else (keys[:, :, : self.S], values[:, :, : self.S])

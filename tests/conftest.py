@@ -15,16 +15,25 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
-import utils  # noqa: E402
+import files  # noqa: E402
 from config import GPT2Config  # noqa: E402
 
-tqdm.set_lock(threading.RLock())  # tqdm shares its own with forks, and a killed one keeps it
 torch.set_num_threads(1)  # tiny models run fastest so, and forked children run at all
 TEXT = "".join(
     f"line {i}: the quick brown fox jumps over the lazy dog {i * i}.\n" for i in range(120)
 )
+
+
+def same(one, other):
+    """Whether two nests of containers hold equal values and equal tensors, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
 
 
 def in_child(function, *arguments):
@@ -99,7 +108,7 @@ def only_this_machine(monkeypatch):
     """No proxy between us and 127.0.0.1, and no waiting before a download is tried again."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(utils, "PAUSE", 0)
+    monkeypatch.setattr(files, "PAUSE", 0)
 
 
 @pytest.fixture(scope="session")
@@ -113,15 +122,21 @@ def gpt2_vocabulary():
         pytest.skip("GPT-2's vocabulary is not in a local TIKTOKEN_CACHE_DIR")
 
 
+def prepare(text, data_dir):
+    """The folder of a prepared data set of the text's characters."""
+    import prepare_data
+
+    path = data_dir.with_suffix(".txt")
+    path.write_text(text, "utf-8")
+    flags = ["--input", str(path), "--tokenizer", "char", "--data_dir", str(data_dir)]
+    assert prepare_data.main(flags) == 0
+    return data_dir
+
+
 @pytest.fixture
 def char_data(tmp_path):
     """A prepared data set of characters, about 6,900 of them."""
-    import prepare_data
-
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT, "utf-8")
-    prepare_data.prepare_file(text, "char", tmp_path / "data")
-    return tmp_path / "data"
+    return prepare(TEXT, tmp_path / "data")
 
 
 @pytest.fixture

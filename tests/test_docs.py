@@ -6,6 +6,7 @@ import ast
 import contextlib
 import functools
 import gzip
+import importlib
 import io
 import itertools
 import json
@@ -22,41 +23,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import in_child
+from conftest import ROOT, in_child
+from test_house import EVENING, FILES, MAY_IMPORT, SCRIPTS
+from test_plan import script as plan
 
-import bench
 import checkpoint
-import convert
-import evaluate
-import generate
-import prepare_data
-import train
 from config import GPT2Config
+from convert import to_hf
 from model import GPT2
 from tokenizer import BPETokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 TOURS = [ROOT / "docs" / "tour.md", ROOT / "docs" / "tour.zh-CN.md"]
 each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 each_tour = pytest.mark.parametrize("path", TOURS, ids=lambda path: path.name)
 each_pair = pytest.mark.parametrize("pair", [READMES, TOURS], ids=["README", "tour"])
-PARSERS = {
-    "prepare_data": prepare_data.parse,
-    "train": train.parse,
-    "generate": generate.parse,
-    "evaluate": evaluate.parse,
-    "convert": convert.parse,
-    "bench": bench.main,
-}
+MAINS = {name: importlib.import_module(name).main for name in SCRIPTS} | {"plan": plan.main}
+SOURCES = {path.stem: path.read_text("utf-8") for path in FILES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # [file.py](../file.py) `name`, `name`: what a stop of the tour asks to read
 READ = re.compile(r"\[(\w+)\.py\]\(\.\./\1\.py\)((?:[\s,、]*`[\w.]+`)+)")
 # a script that a command runs, and what follows it, over lines that end with a backslash
 GOES_ON = r"(?:\\\n|[^`\n#|&])*"
 COMMAND = re.compile(
-    rf"\b(?:python|torchrun)\b(?:\\\n|[^`\n|])*?\b({'|'.join(PARSERS)})\.py( {GOES_ON})"
+    rf"\b(?:python|torchrun)\b(?:\\\n|[^`\n|])*?\b({'|'.join(MAINS)})\.py( {GOES_ON})"
 )
 
 
@@ -72,38 +63,27 @@ def anchors(path):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def names_to_read(path):
-    """(file, name) for everything that a tour asks to read."""
-    for file, names in READ.findall(path.read_text("utf-8")):
-        yield from ((file, name) for name in re.findall(r"`([\w.]+)`", names))
-
-
-def source(file):
-    return (ROOT / f"{file}.py").read_text("utf-8")
+def blocks(path, language):
+    return [text for name, text in BLOCK.findall(path.read_text("utf-8")) if name == language]
 
 
 @functools.cache
 def defined_in(file):
     """The functions, classes, methods (as Class.method) and constants of a file."""
-    return set(definitions(ast.parse(source(file))))
-
-
-def definitions(tree):
-    for node in tree.body:
-        if isinstance(node, ast.Assign):
-            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            yield node.name
-            methods = node.body if isinstance(node, ast.ClassDef) else []
-            yield from (f"{node.name}.{m.name}" for m in methods if isinstance(m, ast.FunctionDef))
+    found = set()
+    for node in ast.parse(SOURCES[file]).body:
+        name = getattr(node, "name", None) or ast.unparse(node).split(" =")[0]
+        parts = node.body if isinstance(node, ast.ClassDef) else []
+        found |= {name, *(f"{name}.{part.name}" for part in parts if hasattr(part, "name"))}
+    return found
 
 
 @functools.cache
-def flags(script, *subcommand):
-    """The flags in the help of a script, or of one of its subcommands."""
+def flags(script):
+    """The flags in the help of a script."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        PARSERS[script]([*subcommand, "--help"])
+        MAINS[script](["--help"])
     return set(re.findall(r"--\w+", text.getvalue()))
 
 
@@ -120,30 +100,47 @@ def test_links_lead_somewhere(path):
 def test_commands_have_only_flags_that_exist(path):
     for script, rest in COMMAND.findall(path.read_text("utf-8")):
         words = rest.replace("\\\n", " ").split()
-        subcommand = words[:1] if script in ("convert", "bench") else []
         used = {word.split("=")[0] for word in words if word.startswith("--")}
-        assert used <= flags(script, *subcommand), f"{script}.py{rest}"
+        assert used <= flags("plan" if words[:1] == ["plan"] else script), f"{script}.py{rest}"
 
 
 @each_tour
 def test_what_a_tour_asks_to_read_is_there(path):
-    found = set(names_to_read(path))
-    assert {file for file, _ in found} >= {*PARSERS, "model", "data", "optim"} - {"bench"}
-    assert not [(file, name) for file, name in found if name not in defined_in(file)]
+    found = READ.findall(path.read_text("utf-8"))
+    assert {file for file, _ in found} >= {*EVENING, *SCRIPTS} - {"config", "bench"}
+    for file, names in found:
+        assert set(re.findall(r"`([\w.]+)`", names)) <= defined_in(file), file
 
 
 @each_tour
 def test_other_names_in_a_tour_occur_in_the_code(path):
-    files = [file.stem for file in ROOT.glob("*.py")]
-    defined = set().union(*map(defined_in, files))
-    words = {word for file in files for word in re.findall(r"\w+", source(file))}
+    defined = set().union(*map(defined_in, SOURCES))
+    words = {word for text in SOURCES.values() for word in re.findall(r"\w+", text)}
     for name in re.findall(r"`([A-Za-z_][\w.]*)`", path.read_text("utf-8")):
         is_method = "." in name and name.split(".")[0] in defined and name[0].isupper()
         assert name in defined if is_method else set(name.split(".")) <= words, name
 
 
-def test_both_tours_lead_the_same_way():
-    assert list(names_to_read(TOURS[0])) == list(names_to_read(TOURS[1]))
+@each_tour
+def test_what_a_tour_quotes_is_the_code_of_today(path):
+    quotes = blocks(path, "python")
+    assert quotes and all(map(is_quoted, quotes))
+    files = [word for word in blocks(path, "text")[0].split() if word in SOURCES]
+    assert files == list(MAY_IMPORT)  # a file imports those before it
+    keys = path.read_text("utf-8").split("\n## 10.")[1].split("\n\n|")[1]
+    assert re.findall(r"`(\w+)`", "".join(re.findall(r"^\|?(.*?) \|", keys, re.M))) == [
+        *checkpoint.KEYS
+    ]
+
+
+def is_quoted(block):
+    """Whether one file has all lines of the block, in this order; it may leave some out."""
+    wanted = [line.strip() for line in block.splitlines()]
+    for text in SOURCES.values():
+        lines = map(str.strip, text.splitlines())
+        if all(line in lines for line in wanted):  # each is looked for behind the one before
+            return True
+    return False
 
 
 @each_pair
@@ -163,7 +160,7 @@ def test_both_languages_have_the_same_headings_links_code_and_commands(pair):
 def test_the_comparison_counts_what_is_here(page):
     row = next(line for line in page.read_text("utf-8").splitlines() if "| 666 |" in line)
     said = int(re.search(r"\d,\d{3}", row)[0].replace(",", ""))
-    lines = sum(len(source(file).splitlines()) for file in ("model", "train"))
+    lines = sum(len(SOURCES[file].splitlines()) for file in ("model", "train", "state"))
     assert abs(said - lines) < 0.05 * lines, f"{lines} lines"
 
 
@@ -226,11 +223,6 @@ def commands(path):
     return found
 
 
-def is_quoted(block):
-    lines = {line.strip() for path in ROOT.glob("*.py") for line in source(path.stem).splitlines()}
-    return all(line.strip() in lines for line in block.splitlines())
-
-
 def begins(command, beginnings):
     return " ".join(command).startswith(tuple(beginnings))
 
@@ -239,43 +231,30 @@ def in_a_fork(command, folder):
     """Run a command as Python would, in a fork that has torch already: a new Python needs seconds
     to import it. Returns the exit code and what was printed.
     """
-    printed = folder / "printed.txt"
+    printed, (python, *arguments) = folder / "printed.txt", command
+    assert Path(python).name == "python", f"{python}: cannot be run here"
 
     def child():
         os.chdir(folder)
-        sys.stdin = io.StringIO(TYPED)
+        sys.stdin, sys.argv = io.StringIO(TYPED), arguments
         with printed.open("w", encoding="utf-8") as out:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
                 try:
-                    as_python(*command)
+                    if arguments[0] == "-c":
+                        exec(compile(arguments[1], "-c", "exec"), {"__name__": "__main__"})
+                    else:
+                        runpy.run_path(arguments[0], run_name="__main__")
                 except SystemExit as done:
                     return done.code
 
     return in_child(child), printed.read_text("utf-8")
 
 
-def as_python(program, *arguments):
-    """What Python does with `python script.py ...` and with `python -c ...`."""
-    assert Path(program).name == "python", f"{program}: cannot be run here"
-    sys.argv = list(arguments)
-    if arguments[0] == "-c":
-        exec(compile(arguments[1], "-c", "exec"), {"__name__": "__main__"})
-    else:
-        runpy.run_path(arguments[0], run_name="__main__")
-
-
 def in_a_new_process(command, folder):
     """Run a command as a reader does. Returns the exit code and what was printed."""
-    program, *arguments = command
-    done = subprocess.run(
-        [Path(sys.executable).parent / Path(program).name, *arguments],
-        cwd=folder,
-        input=TYPED,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        timeout=600,
-    )
+    program = Path(sys.executable).parent / Path(command[0]).name
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    done = subprocess.run([program, *command[1:]], cwd=folder, input=TYPED, timeout=600, **output)
     return done.returncode, done.stdout
 
 
@@ -285,13 +264,14 @@ def reader(tmp_path, monkeypatch):
     speak of.
     """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for path in ROOT.glob("*.py"):
+    for path in FILES:
         shutil.copy(path, tmp_path)
     sonnets = (ROOT / "data" / "sonnets.txt").read_text("utf-8")
     text = sonnets[:5000] + "".join(sorted(set(sonnets)))  # all of its characters
     files = {
         "data/sonnets.txt": sonnets,
         "data/shakespeare/input.txt": text,
+        "docs/plan.py": (ROOT / "docs" / "plan.py").read_text("utf-8"),
         "novel.txt": text,
         "books/one.txt": text,
         "notes.md": "# Notes\n\nA rose is a rose.\n",
@@ -323,11 +303,10 @@ def documents_and_models(folder, text):
     sizes = {"vocab_size": tokenizer.vocab_size, "block_size": 32}
     sizes |= {"n_layer": 1, "n_head": 2, "n_embd": 16}
     model = GPT2(GPT2Config(**sizes))
-    checkpoint.save(
-        folder / "tiny.pt", convert.new_state(model.config, model.state_dict(), tokenizer)
-    )
+    state = checkpoint.new_state(model.config, model.state_dict(), tokenizer)
+    checkpoint.save(folder / "tiny.pt", state)
     for name in ("gpt2", "gpt2-xl"):
-        convert.to_hf(folder / "tiny.pt", folder / name)
+        to_hf(folder / "tiny.pt", folder / name)
     torch.save({"model": model.state_dict(), "model_args": sizes}, folder / "ckpt.pt")
 
 
@@ -342,19 +321,14 @@ def test_the_commands_of_a_page_work_as_they_stand(page, run, reader, request):
         to_run = commands(READMES[0])[:5] + to_run
         (reader / "novel.txt").write_text(NOVEL * 200, "utf-8")
     left_out = [*NOT_RUN, *(SLOW if run is in_a_fork else [])]
-    left_out += [] if has_vocabulary(request) else NEEDS_VOCABULARY
+    try:
+        request.getfixturevalue("gpt2_vocabulary")
+    except pytest.skip.Exception:
+        left_out += NEEDS_VOCABULARY
     for command in to_run:
         if not begins(command, left_out):
             code, printed = run(command, reader)
             assert code == 0 and "Traceback" not in printed, f"{shlex.join(command)}\n{printed}"
-
-
-def has_vocabulary(request):
-    try:
-        request.getfixturevalue("gpt2_vocabulary")
-    except pytest.skip.Exception:
-        return False
-    return True
 
 
 def test_nothing_is_left_out_that_no_page_has():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import model as model_file
 from config import GPT2_CONFIGS, GPT2Config, apply_preset
-from model import GPT2, KVCache, context_limit, context_start, plain_attention
+from model import GPT2, KVCache, context_start, plain_attention
 
 POSITIONS = ["learned", "rope", "alibi"]
 
@@ -43,6 +43,12 @@ def test_parameter_names_are_gpt2s():
     names = set(small().state_dict())
     assert {"transformer.wte.weight", "transformer.h.2.attn.c_attn.weight"} <= names
     assert {"transformer.h.0.mlp.c_proj.bias", "transformer.ln_f.bias", "lm_head.weight"} <= names
+
+
+def test_logits_of_one_position_a_row_are_those_of_all():
+    model, idx, last = small(), torch.randint(50, (3, 9)), torch.tensor([8, 0, 4])
+    logits, _ = model(idx, last=last)
+    assert (logits[:, 0] - model(idx)[0][torch.arange(3), last]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -79,33 +85,6 @@ def test_future_never_changes_past_logits(position):
         assert torch.equal(model(changed)[0][:, :t], before[:, :t])
 
 
-def test_padding_the_vocabulary_changes_nothing_that_can_be_seen(monkeypatch):
-    model, idx = small(), torch.randint(50, (2, 16))
-
-    def results():
-        model.zero_grad()
-        logits, loss = model(idx, idx.roll(-1, 1))
-        loss.backward()
-        return logits, [p.grad for p in model.parameters()], model.num_params()
-
-    logits, gradients, size = results()
-    monkeypatch.setitem(model_file.PADDING, "cpu", 64)
-    monkeypatch.setattr(model_file, "FEW", 32)
-    padded, padded_gradients, padded_size = results()
-    assert padded.shape == logits.shape and padded_size == size
-    assert (padded - logits).abs().max() < 1e-12
-    pairs = zip(gradients, padded_gradients, strict=True)
-    assert max((one - other).abs().max().item() for one, other in pairs) < 1e-12
-
-
-def test_logits_of_one_token_a_row_are_those_of_all():
-    model, idx = small(), torch.randint(50, (3, 16))
-    at = torch.tensor([15, 0, 7])
-    some, _ = model(idx, at=at)
-    assert some.shape == (3, 1, 50)
-    assert (some[:, 0] - model(idx)[0][torch.arange(3), at]).abs().max() < 1e-12
-
-
 def test_targets_of_minus_one_do_not_count():
     model, idx = small(), torch.randint(50, (2, 16))
     targets = torch.randint(50, (2, 16))
@@ -116,16 +95,20 @@ def test_targets_of_minus_one_do_not_count():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("at_once", [1, 70, 2**40])
-def test_the_loss_in_parts_is_the_loss_at_once(at_once, dtype, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_the_loss_in_parts_is_the_loss_at_once(rows, dtype, monkeypatch):
     """PyTorch's own formula in float64 is the judge, for the gradients too."""
-    monkeypatch.setattr(model_file, "logits_at_once", lambda device_type: at_once)
-    logits, targets = (3 * torch.randn(3, 5, 33)).to(dtype), torch.randint(30, (3, 5))
+
+    def chunks(*tensors):
+        return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+    monkeypatch.setattr(model_file, "chunks", chunks)
+    logits, targets = (3 * torch.randn(3, 5, 30)).to(dtype), torch.randint(30, (3, 5))
     targets[0], targets[2, 1] = -1, 29
-    exact = logits.double()[..., :30].requires_grad_()
+    exact = logits.double().requires_grad_()
     expected = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), ignore_index=-1)
     (1.7 * expected).backward()
-    part = logits[..., :30].detach().requires_grad_()  # not contiguous, as with a padded head
+    part = logits.detach().requires_grad_()
     loss = model_file.cross_entropy(part, targets)
     (1.7 * loss).backward()
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
@@ -203,19 +186,6 @@ def test_a_plain_version_written_out_gives_the_same_logits(position, gelu, n_hea
     assert (model(idx)[0] - expected).abs().max() < 1e-10
 
 
-def test_one_batch_overfits():
-    torch.manual_seed(0)
-    model = GPT2(GPT2Config(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=64))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    idx = torch.randint(50, (4, 17))
-    for _ in range(200):
-        _, loss = model(idx[:, :-1], idx[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.05
-
-
 @pytest.mark.parametrize("position", POSITIONS)
 def test_bfloat16_attention_on_a_cpu_stays_close_to_float32(position):
     model = small(position=position).float()
@@ -226,20 +196,21 @@ def test_bfloat16_attention_on_a_cpu_stays_close_to_float32(position):
     assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["causal", "bool", "number", "none"])
+@pytest.mark.parametrize("kind", ["causal", "bool", "number", "one token"])
 def test_plain_attention_is_torchs(kind):
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = torch.randn(3, 20, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    q = q[:, :, -1:] if kind == "one token" else q
     causal, mask = kind == "causal", None
     if kind == "bool":
-        mask = torch.rand(2, 1, 9, 9) < 0.5
+        mask = torch.rand(20, 1, 9, 9) < 0.5
         mask[..., 0] = True
     elif kind == "number":
         mask = torch.randn(1, 4, 9, 9, dtype=torch.float64)
-    ours = plain_attention(q, k, v, mask, 0.0, causal)
+    ours = plain_attention(q, k, v, mask)
     theirs = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
     assert (ours - theirs).abs().max() < 1e-12
-    dropped = plain_attention(q, k, torch.ones_like(v), mask, 0.25, causal)
+    dropped = plain_attention(q, k, torch.ones_like(v), mask, 0.25)
     assert dropped.mean().item() == pytest.approx(1, abs=0.1) and dropped.std() > 0.1
 
 
@@ -254,57 +225,51 @@ def test_context_grows_to_block_size_and_starts_again_from_half(block_size):
         assert length - context_start(length, block_size) == seen
 
 
-@pytest.fixture(params=[1, 128])
-def first_room(request, monkeypatch):
-    """Caches that have to grow at once, and ones that need not."""
-    monkeypatch.setattr(model_file, "FIRST_ROOM", request.param)
-
-
-def limit_of(model):
-    return context_limit(model.config)
-
-
-@pytest.mark.parametrize("block_size", [1, 2, 3, 16])
+@pytest.mark.parametrize("pieces", [[1] * 16, [5, 8, 1, 2], [16]])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_cached_logits_equal_uncached_across_block_size(block_size, position, first_room):
-    model = small(block_size=block_size, position=position)
-    idx, cache = torch.randint(50, (3, 60)), KVCache(model.config, 3, dtype=torch.float64)
-    for n in range(1, 61):
-        logits, _ = model(idx[:, n - 1 : n], cache=cache)
-        start = context_start(n, limit_of(model))
-        assert (start == 0) == (n <= block_size or position != "learned")
-        expected, _ = model(idx[:, start:n])
-        assert (logits[:, -1] - expected[:, -1]).abs().max() < 1e-10
+def test_cached_logits_equal_uncached_in_pieces_of_any_size(position, pieces):
+    model, idx = small(position=position), torch.randint(50, (3, 16))
+    cache = KVCache(model.config, 3, 16, dtype=torch.float64)
+    logits = torch.cat([model(part, cache=cache)[0] for part in idx.split(pieces, dim=1)], dim=1)
+    assert (logits - model(idx)[0]).abs().max() < 1e-10
+    assert cache.lengths.tolist() == [16] * 3
 
 
+@pytest.mark.parametrize("lengths", [[3, 9, 7], [6, 6, 6]])
 @pytest.mark.parametrize("position", POSITIONS)
-def test_cached_prompt_in_pieces_equals_uncached(position, first_room):
+def test_rows_of_any_length_are_as_if_alone(position, lengths):
+    """Whatever is in the places behind a row's length."""
     model = small(position=position)
-    idx, cache = torch.randint(50, (2, 40)), KVCache(model.config, 2, dtype=torch.float64)
-    pieces = [model(part, cache=cache)[0] for part in idx.split([5, 8, 20, 7], dim=1)]
-    logits = torch.cat(pieces, dim=1)
-    for n in range(1, 41):
-        expected, _ = model(idx[:, context_start(n, limit_of(model)) : n])
-        assert (logits[:, n - 1] - expected[:, -1]).abs().max() < 1e-10
-
-
-@pytest.mark.parametrize("still", [False, True])
-@pytest.mark.parametrize("position", POSITIONS)
-def test_a_row_of_unequal_length_is_as_if_alone(position, still, first_room):
-    model, lengths = small(position=position), [3, 10, 7]
-    idx, cache = torch.randint(50, (3, 60)), KVCache(model.config, 3, dtype=torch.float64)
-    model(idx[:, :10], cache=cache)
-    cache.truncate(lengths)
-    if still:
-        cache.hold_still()
-    for t in range(45):
+    idx, cache = torch.randint(50, (3, 16)), KVCache(model.config, 3, 16, dtype=torch.float64)
+    model(idx[:, :9], cache=cache)
+    cache.set_lengths(lengths)
+    for t in range(7):
         token = torch.stack([idx[row, n + t : n + t + 1] for row, n in enumerate(lengths)])
         logits, _ = model(token, cache=cache)
         for row, n in enumerate(lengths):
-            n = n + t + 1
-            seen = idx[row : row + 1, context_start(n, limit_of(model)) : n]
-            expected, _ = model(seen)
+            expected, _ = model(idx[row : row + 1, : n + t + 1])
             assert (logits[row, -1] - expected[0, -1]).abs().max() < 1e-10
+
+
+def test_more_tokens_than_the_cache_can_hold_are_refused():
+    model = small()
+    cache = KVCache(model.config, 1, 4, dtype=torch.float64)
+    model(torch.zeros(1, 4, dtype=torch.int64), cache=cache)
+    with pytest.raises(AssertionError, match="cache for 4"):
+        model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_activation_checkpointing_changes_no_gradient(position):
+    def gradients(recompute):
+        model = small(position=position, dropout=0.1, activation_checkpointing=recompute).train()
+        torch.manual_seed(1)
+        idx = torch.randint(50, (2, 16))
+        model(idx, idx.roll(-1, 1))[1].backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    pairs = zip(gradients(False), gradients(True), strict=True)
+    assert all(torch.equal(plain, recomputed) for plain, recomputed in pairs)
 
 
 def test_too_long_an_input_is_refused():

@@ -8,11 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 MAY_IMPORT = {path.stem for path in ROOT.glob("*.py")} | {"torch", "numpy", "matplotlib"}
@@ -33,10 +32,6 @@ def kinds(cell):
     return shown
 
 
-def tree(path):
-    return ast.parse("\n".join("".join(cell["source"]) for cell in code_cells(path)))
-
-
 def files(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -53,44 +48,24 @@ def checkout(tmp_path):
     return folder
 
 
-@pytest.fixture
-def surroundings(tmp_path):
-    """An environment without a network, and with empty caches and an empty temporary folder."""
-    (tmp_path / "temporary").mkdir()
-    return os.environ | {
-        "TMPDIR": str(tmp_path / "temporary"),
-        "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"),
-        "HF_HOME": str(tmp_path / "cache"),
-        "IPYTHONDIR": str(tmp_path / "ipython"),
-        "HTTPS_PROXY": "http://127.0.0.1:9",  # where nobody answers
-        "https_proxy": "http://127.0.0.1:9",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-
-
-def test_there_are_four():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
-
-
 @each_notebook
-def test_runs_offline_shows_what_it_has_kept_and_leaves_nothing(path, checkout, surroundings):
+def test_runs_offline_shows_what_it_has_kept_and_leaves_nothing(path, checkout, tmp_path):
+    folders = {"TMPDIR": "temporary", "TIKTOKEN_CACHE_DIR": "cache", "HF_HOME": "cache"}
+    folders = {name: str(tmp_path / empty) for name, empty in folders.items()}
+    (tmp_path / "temporary").mkdir()
+    nobody = dict.fromkeys(("HTTPS_PROXY", "https_proxy"), "http://127.0.0.1:9")  # answers there
+    others = {"IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONDONTWRITEBYTECODE": "1"}
     before = files(checkout)
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
-    done = subprocess.run(
-        [*command, path.name],
-        cwd=checkout / "notebooks",
-        env=surroundings,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    how = {"cwd": checkout / "notebooks", "env": os.environ | folders | nobody | others}
+    done = subprocess.run([*command, path.name], **how, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     result = checkout / "notebooks" / f"{path.stem}.nbconvert.ipynb"
     assert list(map(kinds, code_cells(result))) == list(map(kinds, code_cells(path)))
     result.unlink()
     assert files(checkout) == before
     # "tmp" begins what tempfile makes; torch has a folder of another name there
-    assert not list(Path(surroundings["TMPDIR"]).glob("tmp*"))
+    assert not list((tmp_path / "temporary").glob("tmp*"))
 
 
 @each_notebook
@@ -130,7 +105,8 @@ def test_is_small_enough_to_be_looked_at_in_a_browser(path):
 
 @each_notebook
 def test_uses_the_project_and_few_others_and_defines_nothing_again(path):
-    nodes = list(ast.walk(tree(path)))
+    source = "\n".join("".join(cell["source"]) for cell in code_cells(path))
+    nodes = list(ast.walk(ast.parse(source)))
     modules = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
     modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert {module.split(".")[0] for module in modules} <= MAY_IMPORT

@@ -1,14 +1,16 @@
 """Updates against plain versions of the same formulas."""
 
+import copy
 import math
 
 import pytest
 import torch
+from conftest import same
 
-import optim
 from config import GPT2Config, derived
 from model import GPT2
 from optim import learning_rate, make_optimizer, orthogonalize, parameter_groups
+from parallel import full_state, load_full_state
 
 CONFIG = derived(GPT2Config(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=32))
 
@@ -88,35 +90,28 @@ def test_muon_equals_a_plain_version():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_found_inf_leaves_weights_and_state_as_they_are(optimizer):
-    config = derived(GPT2Config(optimizer=optimizer))
     net = model()
-    optimizer = make_optimizer(net, config)
+    optimizer = make_optimizer(net, derived(GPT2Config(optimizer=optimizer)))
     train(net, optimizer, 3)
-    weights = {name: p.clone() for name, p in net.state_dict().items()}
-    state = optim.optimizer_state(optimizer, net)
-    state = {name: {k: v.clone() for k, v in memory.items()} for name, memory in state.items()}
+    before = copy.deepcopy(full_state(net, optimizer))
     for p in net.parameters():
         p.grad = torch.full_like(p, math.nan)
     optimizer.found_inf = torch.ones(())
     optimizer.step()
-    assert all(torch.equal(p, weights[name]) for name, p in net.state_dict().items())
-    for name, memory in optim.optimizer_state(optimizer, net).items():
-        assert all(torch.equal(v, state[name][k]) for k, v in memory.items())
+    assert same(full_state(net, optimizer), before)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_state_by_name_goes_on_bit_exactly(optimizer):
     config = derived(GPT2Config(optimizer=optimizer, learning_rate=0.01))
-    whole = model()
-    whole_optimizer = make_optimizer(whole, config)
-    train(whole, whole_optimizer, 3)
-    resumed = model()
-    resumed.load_state_dict(whole.state_dict())
-    resumed_optimizer = make_optimizer(resumed, config)
-    state = optim.optimizer_state(whole_optimizer, whole)
-    state = {name: {k: v.clone() for k, v in memory.items()} for name, memory in state.items()}
-    optim.load_optimizer_state(resumed_optimizer, resumed, state)
-    train(whole, whole_optimizer, 3, seed=1)
+    net, resumed = model(), GPT2(CONFIG)
+    optimizer, resumed_optimizer = (make_optimizer(m, config) for m in (net, resumed))
+    assert full_state(net, optimizer)[1] == {} and not optimizer.state  # before the first step
+    train(net, optimizer, 3)
+    weights, state = copy.deepcopy(full_state(net, optimizer))
+    assert set(state) == {name for name, _ in net.named_parameters()}
+    load_full_state(resumed, resumed_optimizer, weights, state)
+    assert same(full_state(resumed, resumed_optimizer), (weights, state))
+    train(net, optimizer, 3, seed=1)
     train(resumed, resumed_optimizer, 3, seed=1)
-    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other)
+    assert same(full_state(net, optimizer), full_state(resumed, resumed_optimizer))

@@ -5,12 +5,12 @@ import re
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-import utils
+from logger import run
 from train import train
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -26,54 +26,39 @@ open(page, "wb").write(direct.open(layout).read())
 
 @pytest.fixture
 def pictures(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "docs" / "images"))
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "images"))
     import make_pictures
 
     return make_pictures
 
 
-@pytest.fixture
-def run_folder(tmp_path):
-    """Logs of an older run and of a newer one, whose records come back."""
-    random = np.random.default_rng(0)
-    losses = np.sort(random.uniform(1, 4, 30))[::-1]
+def test_the_curve_is_what_the_newest_run_logged(pictures, tmp_path):
+    losses = np.sort(np.random.default_rng(0).uniform(1, 4, 30))[::-1].tolist()
     records = [
-        {"step": 10 * n, "seconds": 0.7 * n**1.1, "loss": loss}
-        for n, loss in enumerate(losses.tolist(), 1)
+        {"step": 10 * n, "seconds": 0.7 * n**1.1, "loss": loss} for n, loss in enumerate(losses, 1)
     ]
     for record in records[5::6]:
-        record["val_loss"] = record["loss"] + float(random.uniform(0, 1))
+        record["val_loss"] = record["loss"] ** 1.1
     for name, lines in {"2026-01-02": records, "2025-12-31": records[:1]}.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / "runs" / name / "metrics.jsonl").write_text(text)
-    return tmp_path / "runs", records
-
-
-def drawn(svg, name):
-    """The corners (x, y) of the line of that name."""
-    group = svg.find(f".//{SVG}g[@id='{name}']")
-    path = group.find(f"{SVG}path").get("d")
-    return np.array(re.findall(r"[ML] (\S+) (\S+)", path), dtype=float)
-
-
-def test_the_curve_is_what_the_newest_run_logged(pictures, run_folder, tmp_path):
-    folder, records = run_folder
-    command = ["--only", "loss", "--log_dir", str(folder), "--output", str(tmp_path)]
-    assert utils.run(pictures.main, command) == 0
+    command = ["--only", "loss", "--log_dir", str(tmp_path / "runs"), "--output", str(tmp_path)]
+    assert run(pictures.main, command) == 0
     first = (tmp_path / "loss.svg").read_bytes()
-    svg = ET.fromstring(first)
-    evaluated = [record for record in records if "val_loss" in record]
     xs, ys = [], []
-    for name, key, rows in [("training", "loss", records), ("validation", "val_loss", evaluated)]:
-        points = drawn(svg, name)
-        assert len(points) == len(rows)
+    for name, key, rows in [
+        ("training", "loss", records),
+        ("validation", "val_loss", records[5::6]),
+    ]:
+        path = ET.fromstring(first).find(f".//{SVG}g[@id='{name}']/{SVG}path").get("d")
+        points = np.array(re.findall(r"[ML] (\S+) (\S+)", path), dtype=float)
         xs += zip((row["step"] for row in rows), points[:, 0], strict=True)
         ys += zip((row[key] for row in rows), points[:, 1], strict=True)
     for pairs in (xs, ys):  # both lines lie on the same straight scales
         value, place = np.array(pairs).T
         assert np.abs(np.polyval(np.polyfit(value, place, 1), value) - place).max() < 0.01
-    assert utils.run(pictures.main, command) == 0
+    assert run(pictures.main, command) == 0
     assert (tmp_path / "loss.svg").read_bytes() == first
 
 
@@ -100,7 +85,7 @@ def test_pictures_of_a_real_run(pictures, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "TYPED", ("line 1", "/set temperature 0.5", "the fox"))
     best = f"{tiny_config.checkpoint_dir}/best_checkpoint.pt"
     command = ["--log_dir", tiny_config.log_dir, "--checkpoint", best, "--output", str(tmp_path)]
-    assert utils.run(pictures.main, [*command, "--browser", str(browser)]) == 0
+    assert run(pictures.main, [*command, "--browser", str(browser)]) == 0
     layout = json.loads((tmp_path / "tensorboard.png").read_text())
     assert layout["category"][0]["chart"][1]["title"] == "learning rate"
     svg = (tmp_path / "terminal.svg").read_text("utf-8").replace("\xa0", " ")
@@ -112,10 +97,8 @@ def test_pictures_of_a_real_run(pictures, tiny_config, tmp_path, monkeypatch):
 def test_what_is_missing_is_one_line(pictures, tmp_path, only, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    code = utils.run(pictures.main, ["--only", only, "--output", str(tmp_path)])
+    code = run(pictures.main, ["--only", only, "--output", str(tmp_path)])
     said = capsys.readouterr().err.splitlines()
-    assert code == 2 and len(said) == 1 and said[0].startswith("error: ")
-    assert {"loss": "train.py", "tensorboard": "chromium", "terminal": "checkpoint"}[only] in said[
-        0
-    ]
+    named = {"loss": "train.py", "tensorboard": "chromium", "terminal": "checkpoint"}[only]
+    assert code == 2 and len(said) == 1 and said[0].startswith("error: ") and named in said[0]
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import threading
 
@@ -12,13 +11,7 @@ import tiktoken
 import torch
 
 import tokenizer as module
-from tokenizer import (
-    BPETokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-    StreamDecoder,
-    load_tokenizer,
-)
+from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, StreamDecoder, load_tokenizer
 
 TEXTS = [
     "",
@@ -69,35 +62,13 @@ def test_text_survives_encoding_and_decoding(tokenizer, text):
 
 def test_saved_tokenizer_loads_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
-    for loaded in (
-        load_tokenizer(tmp_path / "tokenizer.json"),
-        load_tokenizer(tokenizer.to_dict()),
-    ):
+    torch.save({"tokenizer": tokenizer.to_dict()}, tmp_path / "checkpoint.pt")
+    fields = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["tokenizer"]
+    for loaded in (load_tokenizer(tmp_path / "tokenizer.json"), load_tokenizer(fields)):
         assert type(loaded) is type(tokenizer) and loaded.hash() == tokenizer.hash()
         assert loaded.encode(ALL) == tokenizer.encode(ALL)
         assert (loaded.vocab_size, loaded.eot_id) == (tokenizer.vocab_size, tokenizer.eot_id)
-    assert os.listdir(tmp_path) == ["tokenizer.json"]
     json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))  # JSON, nothing pickled
-
-
-def test_tokenizer_travels_in_a_checkpoint_with_weights_only(tokenizer, tmp_path):
-    torch.save({"tokenizer": tokenizer.to_dict()}, tmp_path / "checkpoint.pt")
-    fields = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["tokenizer"]
-    assert load_tokenizer(fields).hash() == tokenizer.hash()
-
-
-def test_saving_that_fails_leaves_the_earlier_file(tokenizers, tmp_path, monkeypatch):
-    path = tmp_path / "tokenizer.json"
-    tokenizers["char"].save(path)
-    before = path.read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        tokenizers["bpe"].save(path)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["tokenizer.json"]
 
 
 def test_decode_refuses_ids_out_of_range(tokenizer):
@@ -138,20 +109,18 @@ def test_char_vocabulary_is_the_sorted_characters():
     assert char.encode_to_numpy("hole").dtype == np.uint16
 
 
-def test_char_names_an_unknown_character_and_its_position():
-    char = CharTokenizer.train("caf eth")
-    message = r"^character U\+00E9 'é' at position 3 is not in the vocabulary \(7 characters\)$"
-    with pytest.raises(ValueError, match=message):
-        char.encode("café the")
-    with pytest.raises(ValueError, match=r"U\+1F600 '😀' at position 2"):
-        char.encode("ca😀")
-    with pytest.raises(ValueError, match=r"U\+0061 'a' at position 0 .* \(0 characters\)"):
-        CharTokenizer.train("").encode("a")
-
-
-def test_char_keeps_half_surrogate_pairs_apart():
-    char = CharTokenizer.train("\ud83d\ude00a")  # as two characters, not as one emoji
-    assert load_tokenizer(char.to_dict()).decode(char.encode("\ud83d\ude00")) == "\ud83d\ude00"
+@pytest.mark.parametrize(
+    "known, text, message",
+    [
+        ("caf eth", "café the", r"U\+00E9 'é' at position 3 is not in .* \(7 characters\)$"),
+        ("caf eth", "ca😀", r"U\+1F600 '😀' at position 2"),
+        ("caf eth", "ca\udcff", r"U\+DCFF '\\udcff' at position 2"),  # not UTF-8, on a command line
+        ("", "a", r"U\+0061 'a' at position 0 .* \(0 characters\)"),
+    ],
+)
+def test_char_names_an_unknown_character_and_its_position(known, text, message):
+    with pytest.raises(ValueError, match=f"^character {message}"):
+        CharTokenizer.train(known).encode(text)
 
 
 def test_bpe_has_all_bytes_then_merges_then_end_of_text():
@@ -184,19 +153,15 @@ def test_bpe_learns_the_pairs_that_a_plain_count_finds():
 
 def test_bpe_training_is_deterministic():
     text = nasty_text(3, 20_000)
-    hashes = {BPETokenizer.train([text, text[:500]], 500).hash() for _ in range(3)}
-    assert len(hashes) == 1
+    assert len({BPETokenizer.train([text, text[:500]], 500).hash() for _ in range(3)}) == 1
 
 
-def test_bpe_stops_where_no_pair_occurs_twice():
-    assert BPETokenizer.train("abcdefg", 1000).vocab_size == 257
+def test_bpe_learns_no_more_than_there_is():
+    assert BPETokenizer.train("abcdefg", 1000).vocab_size == 257  # no pair occurs twice
     with pytest.raises(ValueError, match="--vocab_size 256"):
         BPETokenizer.train("abc", 256)
-
-
-def test_bpe_trains_on_one_word_without_end():
-    bpe = BPETokenizer.train("".join(random.Random(0).choices("ACGT", k=200_000)), 400)
-    assert bpe.vocab_size == 400
+    one_word = "".join(random.Random(0).choices("ACGT", k=200_000))
+    assert BPETokenizer.train(one_word, 400).vocab_size == 400  # and soon
 
 
 def test_bpe_encodes_half_a_surrogate_pair_as_replacement(tokenizers):
@@ -220,23 +185,15 @@ def test_white_space_of_every_kind_is_split_as_tiktoken_splits_it(gpt2):
         assert gpt2.encode(text) == reference.encode_ordinary(text), text
 
 
-def test_saved_gpt2_loads_without_tiktokens_vocabulary(gpt2, monkeypatch):
+def test_gpt2_without_a_network(gpt2, monkeypatch):
     def unreachable(name):
         raise OSError("no network")
 
     fields = gpt2.to_dict()
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
     assert load_tokenizer(fields).encode("Hello, world") == [15496, 11, 995]
-
-
-def test_gpt2_without_its_vocabulary_names_the_remedies(monkeypatch):
-    def unreachable(name):
-        raise OSError("no network")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    with pytest.raises(ValueError, match=r"TIKTOKEN_CACHE_DIR.*--tokenizer bpe") as caught:
+    with pytest.raises(ValueError, match=r"^.*TIKTOKEN_CACHE_DIR.*--tokenizer bpe$"):
         GPT2Tokenizer()
-    assert "\n" not in str(caught.value)
 
 
 def test_gpt2_gives_up_on_a_network_that_never_answers(monkeypatch):
@@ -271,32 +228,35 @@ def test_safe_cut_finds_the_last_place_and_says_when_there_is_none(tokenizers):
 # ---------------------------------------------------------------- damaged files
 
 
-def damaged():
-    char = {"format": 1, "kind": "char", "characters": ["a", "b"]}
-    bpe = BPETokenizer.train("low low", 258).to_dict()
-    yield "not JSON", b'{"format": 1, "kin'
-    yield "not UTF-8", b"\xff\xfe\x00"
-    yield "too deep", b"[" * 100_000
-    yield "a list", []
-    yield "no kind", {"format": 1}
-    yield "unknown kind", char | {"kind": "word"}
-    yield "kind a list", char | {"kind": ["char"]}
-    yield "another format", char | {"format": 2}
-    yield "no characters", {"format": 1, "kind": "char"}
-    yield "characters a string", char | {"characters": "ab"}
-    yield "two in one", char | {"characters": ["ab"]}
-    yield "a number", char | {"characters": ["a", 1]}
-    yield "twice", char | {"characters": ["a", "b", "a"]}
-    yield "no tokens", {"format": 1, "kind": "bpe"}
-    yield "tokens a list", bpe | {"tokens": bpe["tokens"].split()}
-    yield "empty token", bpe | {"tokens": bpe["tokens"] + "  lo"}
-    yield "token twice", bpe | {"tokens": bpe["tokens"] + " a"}
-    yield "strange symbol", bpe | {"tokens": bpe["tokens"] + " 中"}
-    yield "a byte missing", bpe | {"tokens": bpe["tokens"].removeprefix("! ")}
-    yield "gpt2 too short", bpe | {"kind": "gpt2"}
+CHAR = {"format": 1, "kind": "char", "characters": ["a", "b"]}
+BPE = BPETokenizer.train("low low", 258).to_dict()
+DAMAGED = {
+    "not JSON": b'{"format": 1, "kin',
+    "not UTF-8": b"\xff\xfe\x00",
+    "too deep": b"[" * 100_000,
+    "a list": [],
+    "no kind": {"format": 1},
+    "unknown kind": CHAR | {"kind": "word"},
+    "kind a list": CHAR | {"kind": ["char"]},
+    "another format": CHAR | {"format": 2},
+    "no characters": {"format": 1, "kind": "char"},
+    "two in one": CHAR | {"characters": ["ab"]},
+    "a number": CHAR | {"characters": ["a", 1]},
+    "twice": CHAR | {"characters": ["a", "b", "a"]},
+    "no tokens": {"format": 1, "kind": "bpe"},
+    "empty token": BPE | {"tokens": BPE["tokens"] + "  lo"},
+    "token twice": BPE | {"tokens": BPE["tokens"] + " a"},
+    "strange symbol": BPE | {"tokens": BPE["tokens"] + " 中"},
+    "a byte missing": BPE | {"tokens": BPE["tokens"].removeprefix("! ")},
+    "special a list": BPE | {"special": ["<eot>"]},
+    "special negative": BPE | {"special": {"<eot>": -1}},
+    "special beyond": BPE | {"special": {"<eot>": 9999}},
+    "special twice": BPE | {"special": {"<eot>": 257, "<pad>": 257}},
+    "gpt2 too short": BPE | {"kind": "gpt2"},
+}
 
 
-@pytest.mark.parametrize("content", [pytest.param(c, id=name) for name, c in damaged()])
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_file_is_refused_by_name(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())

@@ -19,13 +19,17 @@ import sys
 import tempfile
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import ArgumentParser, log, run  # noqa: E402
+from files import atomic_write  # noqa: E402
+from logger import log_row, run  # noqa: E402
+from options import parse_args  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WINDOW = "1500,840"  # three charts side by side, and two
@@ -206,12 +210,21 @@ PICTURES = {
     "tensorboard": ("tensorboard.png", tensorboard_page),
     "terminal": ("terminal.svg", terminal),
 }
-ONLY = f"these of {', '.join(PICTURES)}; none: all"
+
+
+@dataclass
+class Options:
+    # what to draw, and from what
+    only: list[Literal[tuple(PICTURES)]] | None = None  # some of the pictures; unset: all
+    log_dir: str = "runs"  # where the runs are
+    checkpoint: str | None = None  # for the terminal; unset: the best of ./checkpoints
+    browser: str | None = None  # for the screenshot; unset: Chromium or Chrome on the PATH
+    output: str | None = None  # the folder for the pictures; unset: docs/images
 
 
 def main(argv=None) -> int:
-    options = parse(argv)
-    for name in options.only:
+    options = parse_args(Options, argv, __doc__)
+    for name in options.only or PICTURES:
         file, make = PICTURES[name]
         try:
             content = make(options)
@@ -219,26 +232,11 @@ def main(argv=None) -> int:
             raise ValueError(
                 f"{error.name} is missing: pip install -r requirements-dev.txt"
             ) from None
-        path, aside = Path(options.output) / file, Path(options.output) / f".{file}.tmp"
-        aside.write_bytes(content)
-        os.replace(aside, path)
-        log(f"{path}: {len(content) / 1e3:.0f} kB")
+        path = Path(options.output or HERE) / file
+        with atomic_write(path) as opened:
+            opened.write(content)
+        log_row("wrote", f"{path}, {len(content) / 1e3:.0f} kB", "green")
     return 0
-
-
-def parse(argv):
-    parser = ArgumentParser(
-        prog="make_pictures.py",
-        description="Make README's pictures from a real run.",
-        epilog="needs requirements-dev.txt and, for tensorboard, Chromium or Chrome",
-    )
-    add = parser.add_argument
-    add("--only", nargs="+", choices=PICTURES, default=PICTURES, metavar="X", help=ONLY)
-    add("--log_dir", metavar="DIR", default="runs", help="where the runs are; none: ./runs")
-    add("--checkpoint", metavar="PATH", help="none: the best of ./checkpoints")
-    add("--browser", metavar="PATH", help="none: the first Chromium or Chrome on the PATH")
-    add("--output", metavar="DIR", default=str(HERE), help="none: docs/images")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ The processes are forked children on one thread each that exchange through gloo,
 would; where torchrun itself is the point, it is started.
 """
 
+import copy
 import math
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,15 +19,29 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.fsdp  # this one and the next: once here, not in every child
+import torch.distributed.checkpoint.state_dict  # these three: once here, not in every child
+import torch.distributed.fsdp
 import torch.utils.tensorboard
-from conftest import ROOT, in_child, in_processes
-from test_train import assert_same_run, elsewhere, flags, killed_at, logged, main, saved
+from conftest import ROOT, in_child, in_processes, same
+from test_train import (
+    assert_same_run,
+    during,
+    elsewhere,
+    flags,
+    killed_at,
+    logged,
+    main,
+    poisoned_at,
+    saved,
+    undisturbed,
+)
 
 import train as training
-from data import TokenDataset
-from train import Trainer
-from utils import outline_from_first, process_group, rank, run, tensor_from_first
+from data import BatchSampler, TokenDataset
+from logger import rank
+from parallel import full_state, load_full_state, process_group
+
+KILLED = -signal.SIGKILL
 
 
 @pytest.fixture
@@ -44,8 +60,9 @@ def assert_equal_up_to_rounding(one, other):
     a, b = saved(one), saved(other)
     assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
     assert largest_difference(a["model"], b["model"]) <= 1e-12
-    for name, memory in a["optimizer"].items():
-        assert largest_difference(memory, b["optimizer"][name]) <= 1e-12
+    assert a["optimizer"].keys() == b["optimizer"].keys()
+    for name, state in a["optimizer"].items():
+        assert largest_difference(state, b["optimizer"][name]) <= 1e-12
     assert len(logged(one)) == len(logged(other)) == 40
     for x, y in zip(logged(one), logged(other), strict=True):
         assert x.keys() == y.keys()
@@ -57,7 +74,8 @@ def assert_equal_up_to_rounding(one, other):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_processes_give_the_losses_and_weights_of_one(config, optimizer):
-    config = replace(config, optimizer=optimizer)
+    """With dropout: what it draws depends on the micro-batch, not on the rank that has it."""
+    config = replace(config, optimizer=optimizer, dropout=0.1)
     assert in_child(main, config) == 0
     for parallel in ("ddp", "fsdp"):
         two = replace(elsewhere(config, f"{config.log_dir}/{parallel}"), parallel=parallel)
@@ -67,40 +85,29 @@ def test_two_processes_give_the_losses_and_weights_of_one(config, optimizer):
 
 def test_a_run_goes_on_under_another_number_of_processes_after_kills(config):
     """1 -> 2 by fsdp -> 4 by ddp -> 1 process, each ended by SIGKILL in the middle of a step."""
-    together = elsewhere(config, f"{config.log_dir}/together")
-    assert in_child(main, together) == 0
-    kill = -signal.SIGKILL
-    assert in_child(killed_at, config, 13) == kill
-    assert in_processes(2, killed_at, replace(config, parallel="fsdp"), 23) == [kill, kill]
+    assert in_child(killed_at, config, 13) == KILLED
+    assert in_processes(2, killed_at, replace(config, parallel="fsdp"), 23) == [KILLED] * 2
     one_micro_batch_each = replace(config, eval_interval=5)
-    assert in_processes(4, killed_early, one_micro_batch_each, 31) == [kill] * 4
+    assert in_processes(4, killed_early, one_micro_batch_each, 31) == [KILLED] * 4
     assert in_child(main, config) == 0
-    final, expected = saved(config), saved(together)
-    assert largest_difference(final["model"], expected["model"]) <= 1e-12
+    together = undisturbed(config)
+    assert largest_difference(saved(config)["model"], saved(together)["model"]) <= 1e-12
     losses = [[record["loss"] for record in logged(c)] for c in (config, together)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
 def killed_early(config, step):
-    update = Trainer.update
-
-    def dying(self):
-        if self.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return update(self)
-
-    Trainer.update = dying
-    return main(config)
+    return killed_at(config, step, micro_step=0)
 
 
 def test_resume_is_bit_exact_with_three_processes(config):
     """Also with dropout, and with sums of three whose order the buckets of DDP decide."""
     config = replace(config, dropout=0.1, dtype="float32", gradient_accumulation_steps=3)
-    undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
-    assert in_processes(3, main, undisturbed) == [0, 0, 0]
-    assert in_processes(3, killed_early, config, 17) == [-signal.SIGKILL] * 3
+    other = elsewhere(config, f"{config.log_dir}/undisturbed")
+    assert in_processes(3, main, other) == [0, 0, 0]
+    assert in_processes(3, killed_early, config, 17) == [KILLED] * 3
     assert in_processes(3, main, config) == [0, 0, 0]
-    assert_same_run(config, undisturbed)
+    assert_same_run(config, other)
 
 
 def test_recomputed_activations_change_no_number(config):
@@ -150,16 +157,11 @@ def test_compiled_processes_give_the_numbers_of_one_plain_one(config, parallel, 
 def test_where_one_process_cannot_compile_none_does(config, capfd, parallel):
     """A stand-in for torch.compile: it fails in process 1, and does nothing in process 0."""
 
-    def compile_in_first(model):
-        def call(*batch):
-            if os.environ["RANK"] == "1":
-                raise RuntimeError("no compiler")
-            return model(*batch)
-
-        return call
+    def no_compiler(*arguments):
+        raise RuntimeError("no compiler")
 
     def patched():
-        torch.compile = compile_in_first
+        torch.compile = lambda model: model if rank() == 0 else no_compiler
         return main(replace(config, compile=True, max_iters=2, parallel=parallel, peer_timeout=10))
 
     assert in_processes(2, patched) == [0, 0]
@@ -170,31 +172,30 @@ def test_where_one_process_cannot_compile_none_does(config, capfd, parallel):
 # ---------------------------------------------------------------- who holds the state
 
 
-def test_only_the_first_process_ever_has_the_whole_state(config):
-    """What fsdp has spread is put together there alone, and the others get one tensor at a time."""
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_rank_0_ever_has_the_full_state(config, optimizer):
+    """What fsdp has sharded is gathered there alone, and from there the others get their shards."""
+    config = replace(config, parallel="fsdp", optimizer=optimizer, max_iters=2)
 
     def check():
         with process_group(torch.device("cpu")):
-            trainer = Trainer(replace(config, parallel="fsdp"), TokenDataset(config.data_dir))
-            trainer.update()
-            state = trainer.state()
-            moments = state["optimizer"]["transformer.wte.weight"]
-            held = [*state["model"].values(), moments["exp_avg"], moments["exp_avg_sq"]]
-            assert all((tensor is None) == (rank() == 1) for tensor in held)
-            outline = outline_from_first(lambda: state)
-            everywhere = [tensor_from_first(tensor) for tensor in outline["model"].values()]
-            assert all(tensor.is_meta for tensor in outline["model"].values()) == (rank() == 1)
-            for mine, whole in zip(trainer.raw_model.parameters(), everywhere, strict=False):
-                assert torch.equal(mine.full_tensor(), whole)
+            built, build = [], training.build_state
+            training.build_state = lambda *how: built.append((how, build(*how))) or built[0][1]
+            training.train(config)
+            (given, device, sampler, _, _), state = built[0]
+            weights, moments = full_state(state.model, state.optimizer)
+            assert bool(weights) == bool(moments) == (rank() == 0)
+            expected = copy.deepcopy((weights, moments))
+            other = build(replace(given, seed=3), device, sampler)
+            load_full_state(other.model, other.optimizer, weights, moments or True)
+            assert same(full_state(other.model, other.optimizer), expected)
+            for one, two in zip(state.model.parameters(), other.model.parameters(), strict=True):
+                assert torch.equal(one.to_local(), two.to_local())
 
     assert in_processes(2, check) == [0, 0]
 
 
 # ---------------------------------------------------------------- what is refused
-
-
-def cli(config, *more):
-    return run(training.main, [*flags(config), *more])
 
 
 @pytest.mark.parametrize(
@@ -206,28 +207,18 @@ def cli(config, *more):
     ],
 )
 def test_what_cannot_be_shared_is_exit_2_in_one_line(config, capfd, change, more, words):
-    assert in_processes(2, cli, replace(config, **change), *more) == [2, 2]
+    assert in_processes(2, main, replace(config, **change), *more) == [2, 2]
     err = capfd.readouterr().err
     assert err.count("error:") == 1 and all(word in err for word in words)
 
 
 def test_processes_started_unlike_are_refused(config, capfd):
     def unlike():
-        mine = replace(config, learning_rate=[1e-3, 1e-2][int(os.environ["RANK"])])
-        return main(mine)
+        return main(replace(config, learning_rate=[1e-3, 1e-2][rank()]))
 
     assert in_processes(2, unlike) == [2, 2]
     assert "process 1 has another learning_rate than process 0" in capfd.readouterr().err
     assert not Path(config.checkpoint_dir).exists()
-
-
-def test_auto_shares_its_batch_among_the_processes(config, monkeypatch, capfd):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    shared = training.with_preset(replace(config, preset="auto"), {"device", "data_dir"})
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    alone = training.with_preset(replace(config, preset="auto"), {"device", "data_dir"})
-    assert shared.gradient_accumulation_steps == 2 and alone.gradient_accumulation_steps == 1
-    assert shared.batch_size * 2 == alone.batch_size
 
 
 # ---------------------------------------------------------------- when one is lost
@@ -235,15 +226,8 @@ def test_auto_shares_its_batch_among_the_processes(config, monkeypatch, capfd):
 
 def test_a_signal_to_one_process_stops_and_saves_all(config):
     def signalled():
-        if os.environ["RANK"] == "1":
-            update = Trainer.update
-
-            def loud(self):
-                if self.step == 13:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return update(self)
-
-            Trainer.update = loud
+        if rank() == 1:
+            during(13, lambda: os.kill(os.getpid(), signal.SIGTERM))
         return main(config)
 
     assert in_processes(2, signalled) == [143, 143]
@@ -252,14 +236,8 @@ def test_a_signal_to_one_process_stops_and_saves_all(config):
 
 def test_a_number_that_is_not_finite_in_one_process_stops_all_before_the_step(config, capfd):
     def poisoned():
-        if os.environ["RANK"] == "1":
-            batch = Trainer.forward_backward
-
-            def poison(self, micro_step):
-                loss = batch(self, micro_step)
-                return loss * math.nan if self.step == 6 else loss
-
-            Trainer.forward_backward = poison
+        if rank() == 1:
+            poisoned_at({6}, setattr)
         return main(replace(config, eval_interval=3))
 
     assert in_processes(2, poisoned) == [5, 5]
@@ -269,8 +247,9 @@ def test_a_number_that_is_not_finite_in_one_process_stops_all_before_the_step(co
 
 
 def test_what_is_wrong_with_the_data_of_one_process_is_said_by_it(config, capfd):
-    alone = Trainer(config, TokenDataset(config.data_dir))
-    place = alone.sampler.starts(5, 1)[0] + 8  # in the first batch of process 1 at step 6
+    tokens, sizes = TokenDataset(config.data_dir).train, (config.block_size, config.batch_size)
+    sampler = BatchSampler(tokens, *sizes, 4, config.seed, rank=1, world_size=2)
+    place = sampler.starts(5)[0] + 8  # in the first batch of process 1 at step 6
     path = Path(config.data_dir) / "train.bin"
     data = bytearray(path.read_bytes())
     data[2 * place : 2 * place + 2] = b"\xff\xff"
@@ -282,16 +261,9 @@ def test_what_is_wrong_with_the_data_of_one_process_is_said_by_it(config, capfd)
 @pytest.mark.parametrize("lost", [1, 2])
 def test_a_process_that_hangs_is_named_within_the_stated_time(config, capfd, lost):
     def hanging():
-        if os.environ["RANK"] == str(lost):
-            update = Trainer.update
-
-            def stuck(self):
-                if self.step == 5:
-                    time.sleep(60)
-                return update(self)
-
+        if rank() == lost:
+            during(5, lambda: time.sleep(60), micro_step=0)
             signal.alarm(6)  # the test need not wait for it
-            Trainer.update = stuck
         return main(replace(config, gradient_accumulation_steps=3, peer_timeout=2))
 
     started = time.monotonic()
@@ -299,26 +271,13 @@ def test_a_process_that_hangs_is_named_within_the_stated_time(config, capfd, los
     assert time.monotonic() - started < 20
     assert codes == [-signal.SIGALRM if rank == lost else 1 for rank in range(3)]
     err = capfd.readouterr().err
-    assert err.count("error:") == 2 and err.count(f"process {lost} of 3 died or does not") == 2
+    assert err.count("error:") == 2 and err.count(f"process {lost} of 3 did not answer") == 2
 
 
 def torchrun(config, *more):
     command = [sys.executable, "-m", "torch.distributed.run", *more, str(ROOT / "train.py")]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, *flags(config)], start_new_session=True, **quiet)
-
-
-def worker_of(launcher, rank):
-    """The process id of torchrun's child of that rank."""
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            parent = int(re.search(r"\nPPid:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
-        except (OSError, TypeError):
-            continue
-        if parent == launcher.pid and f"RANK={rank}".encode() in environment:
-            return pid
-    raise AssertionError(f"torchrun has no process {rank}")
 
 
 def wait_for_step(config, step, launcher):
@@ -331,69 +290,45 @@ def wait_for_step(config, step, launcher):
     raise AssertionError(f"step {step} was not reached: {launcher.communicate()[1][-2000:]}")
 
 
-linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds workers in /proc")
-
-
-@linux
 def test_torchrun_restarts_after_a_killed_worker_and_loses_nothing(config):
     config = replace(config, dropout=0.1, dtype="float32", max_iters=150)
-    undisturbed = elsewhere(config, f"{config.log_dir}/undisturbed")
-    assert in_processes(2, main, undisturbed) == [0, 0]
+    other = elsewhere(config, f"{config.log_dir}/undisturbed")
+    assert in_processes(2, main, other) == [0, 0]
     launcher = torchrun(config, "--nproc_per_node", "2", "--max-restarts", "3")
     wait_for_step(config, 25, launcher)
-    os.kill(worker_of(launcher, 1), signal.SIGKILL)
+    holder = (Path(config.checkpoint_dir) / ".lock_holder").read_text()
+    os.kill(int(re.search(r"process (\d+)", holder)[1]), signal.SIGKILL)
     err = launcher.communicate(timeout=100)[1]
-    assert launcher.returncode == 0, err[-2000:]
-    assert "resuming" in err
-    assert_same_run(config, undisturbed)
+    assert launcher.returncode == 0 and "resuming" in err, err[-2000:]
+    assert_same_run(config, other)
 
 
-@linux
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds the worker with pgrep")
 def test_two_nodes_give_the_numbers_of_one_and_survive_the_loss_of_one(config):
-    alone = elsewhere(config, f"{config.log_dir}/alone")
-    assert in_child(main, alone) == 0
     assert [node.wait(100) for node in two_nodes(config)] == [0, 0]
-    assert_equal_up_to_rounding(config, alone)
+    assert_equal_up_to_rounding(config, undisturbed(config))
 
     long = replace(elsewhere(config, f"{config.log_dir}/long"), max_iters=4000, peer_timeout=10)
     first, second = two_nodes(long)
     wait_for_step(long, 25, first)
-    lost, started = worker_of(second, 1), time.monotonic()
-    os.killpg(second.pid, signal.SIGKILL)
-    os.kill(lost, signal.SIGKILL)
-    err = first.communicate(timeout=60)[1]
+    worker = subprocess.check_output(["pgrep", "-P", str(second.pid)])
+    for pid in (second.pid, int(worker)):
+        os.kill(pid, signal.SIGKILL)
+    started, err = time.monotonic(), first.communicate(timeout=60)[1]
     assert first.returncode == 1 and time.monotonic() - started < 10 + 30
-    # one of the two agents keeps their store: where that is the lost one, torchrun itself says so
-    assert re.search("process 1 of 2 died|connection to the C10d store has failed", err), err[
-        -2000:
-    ]
+    assert "process 1 of 2 did not answer" in err, err[-2000:]
     step = saved(long, "checkpoint.pt")["step"]
-    assert step >= 20
     again = torchrun(replace(long, max_iters=step + 20), "--nproc_per_node", "2")
     err = again.communicate(timeout=100)[1]
     assert again.returncode == 0 and f"step {step}" in err
-    assert saved(long)["step"] == step + 20
+    assert step >= 20 and saved(long)["step"] == step + 20
 
 
 def two_nodes(config):
-    """Two agents of torchrun, the first of which has the first process."""
-    port = 29400 + os.getpid() % 500
-    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
-    nodes = [torchrun(config, "--nnodes", "2", "--nproc_per_node", "1", *meet) for _ in range(2)]
-    if wait_for_worker(nodes) == 1:
-        nodes.reverse()
-    return nodes
-
-
-def wait_for_worker(nodes):
-    """Which of the two agents started the process of rank 0."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        for number, node in enumerate(nodes):
-            try:
-                worker_of(node, 0)
-                return number
-            except AssertionError:
-                time.sleep(0.05)
-    raise AssertionError("no process of rank 0")
+    """Two agents of torchrun, each with one process; the first has rank 0 and the store."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    meet += ["--nnodes", "2", "--nproc_per_node", "1"]
+    return [torchrun(config, *meet, "--node-rank", str(node)) for node in range(2)]

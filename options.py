@@ -1,0 +1,221 @@
+"""Options: a dataclass gives a script its flags, their limits, its --help and its error messages.
+
+A field is a flag, its trailing comment the help; a comment on a line of its own opens a group. A
+field without a default is a positional argument, `X | None` takes `none`, a list several values.
+
+    @dataclass
+    class Options:
+        # how tokens are drawn
+        top_k: integer(1) | None = 200  # choose among the k most likely tokens
+
+    options = parse_args(Options, argv, __doc__)
+"""
+
+import argparse
+import difflib
+import inspect
+import re
+import textwrap
+import types
+from dataclasses import MISSING, fields
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+
+
+class Problem(NamedTuple):
+    """What is wrong: the fields that it is about, and the line that says so."""
+
+    fields: tuple[str, ...]
+    message: str
+
+
+def integer(least: int | None = None, most: int | None = None):
+    """The type of a whole number with inclusive limits; on the command line also 1e5."""
+    return Annotated[int, Field(ge=least, le=most), BeforeValidator(_without_exponent)]
+
+
+def number(least=None, most=None, above=None, below=None):
+    """The type of a finite number; least and most are inclusive, above and below exclusive."""
+    return Annotated[float, Field(ge=least, le=most, gt=above, lt=below, allow_inf_nan=False)]
+
+
+def _without_exponent(value):
+    is_power = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value)
+    return float(value) if is_power else value
+
+
+# ---------------------------------------------------------------- checking
+
+
+def validate(options):
+    """Give every field its proper type; ValueError with one line for each problem."""
+    if found := problems(options):
+        raise ValueError("\n".join(problem.message for problem in found))
+
+
+def problems(options) -> list[Problem]:
+    """Everything that is wrong with a dataclass: types and ranges, then what its own method
+    `problems` yields about fields that are right by themselves.
+    """
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    values, found = typed(type(options), values, strict=True)
+    vars(options).update(values)
+    bad = {name for problem in found for name in problem.fields}
+    if hasattr(options, "problems"):
+        across = _instance(type(options), values).problems()
+        found += [problem for problem in across if not bad & set(problem.fields)]
+    return found
+
+
+def typed(cls, values: dict, strict: bool = False) -> tuple[dict, list[Problem]]:
+    """The values of cls's fields in their proper types, and a problem for each that has none.
+
+    Values are texts from the command line; where strict, what Python or JSON made of them.
+    """
+    good, found, hints = {}, [], get_type_hints(cls, include_extras=True)
+    for name, value in values.items():
+        if not strict and type(None) in get_args(hints[name]) and str(value).lower() == "none":
+            value = None
+        try:
+            good[name] = TypeAdapter(hints[name]).validate_python(value, strict=strict)
+        except ValidationError as error:
+            first = error.errors()[0]
+            shown = repr(first["input"]) if strict else first["input"]  # '6' is no number
+            found.append(Problem((name,), f"{_flag(cls, name)} {shown}: {reason(first)}"))
+    return good, found
+
+
+def reason(error: dict) -> str:
+    """What one of pydantic's errors says, in our words and without its field."""
+    message = error["msg"].split(", unable to")[0].removeprefix("Value error, ")
+    if error["type"] == "literal_error":
+        choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        return f"must be one of {choices}"
+    for theirs, ours in OUR_WORDS.items():
+        message = message.replace(theirs, ours)
+    return message
+
+
+OUR_WORDS = {
+    "Input should": "must",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "Field required": "is missing",
+}
+
+
+def _instance(cls, values):
+    """cls with these values, else its defaults, and None for a missing positional argument."""
+    positional = [field.name for field in fields(cls) if _is_positional(field)]
+    return cls(**dict.fromkeys(positional) | values)
+
+
+def _is_positional(field):
+    return field.default is field.default_factory is MISSING
+
+
+def _flag(cls, name):
+    return name if _is_positional(cls.__dataclass_fields__[name]) else f"--{name}"
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def parse_args(cls, argv, doc, usage=None):
+    """A script's options from its command line; ValueError with a line for every problem."""
+    (options,), _, found = parse(argv, doc, cls, usage=usage)
+    bad = {name for problem in found for name in problem.fields}
+    found += [problem for problem in problems(options) if not bad & set(problem.fields)]
+    if found:
+        raise ValueError("\n".join(problem.message for problem in found))
+    return options
+
+
+def parse(argv, doc, *classes, usage=None) -> tuple[list, set[str], list[Problem]]:
+    """One instance of each dataclass, the names of the fields that the command line has set, and
+    the problems in it. Nothing is checked across fields: presets and files may still change them.
+    """
+    parser = Parser(doc, classes, usage)
+    known, unknown = parser.parse_known_args(argv)
+    texts = {name: text for name, text in vars(known).items() if text is not None}
+    instances, found = [], parser.unknown_flags(unknown)
+    for cls in classes:
+        names = {field.name for field in fields(cls)}
+        values, wrong = typed(cls, {n: text for n, text in texts.items() if n in names})
+        instances.append(_instance(cls, values))
+        found += wrong
+    return instances, set(texts) - {"debug"}, found
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with a flag for each field; errors are raised as ValueError."""
+
+    def __init__(self, doc, classes, usage):
+        purpose, commands, *_ = doc.split("\n\n")
+        super().__init__(
+            usage=usage,
+            description=textwrap.fill(purpose.strip(), 78),
+            epilog=f"examples:\n{textwrap.indent(textwrap.dedent(commands), '  ')}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # the examples stand as they are
+            allow_abbrev=False,
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        groups = {}
+        for cls in classes:
+            notes, hints = describe_fields(cls), get_type_hints(cls, include_extras=True)
+            for field in fields(cls):
+                title, comment = notes.get(field.name, ("options", ""))
+                groups[title] = groups.get(title) or self.add_argument_group(title)
+                details = _details(field.name, hints[field.name]) | {"help": _help(field, comment)}
+                groups[title].add_argument(_flag(cls, field.name), **details)
+
+    def error(self, message):
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+    def unknown_flags(self, unknown) -> list[Problem]:
+        """A problem for each unknown flag, naming the nearest known one."""
+        flags = [option for action in self._actions for option in action.option_strings]
+        found, see = [], f"(see {self.prog} --help)"
+        for word in (word.split("=")[0] for word in unknown if word.startswith("--")):
+            near = difflib.get_close_matches(word, flags, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f" {see}"
+            found.append(Problem((), f"unknown flag {word}{hint}"))
+        if unknown and not found:
+            found.append(Problem((), f"unexpected argument {unknown[0]!r} {see}"))
+        return found
+
+
+def _details(name, hint) -> dict:
+    """How many values argparse takes for a field, and how --help calls them."""
+    while get_origin(hint) in (Annotated, Union, types.UnionType):  # limits, or None
+        hint = get_args(hint)[0]
+    if hint is bool:
+        return {"nargs": "?", "const": "true", "metavar": "{true,false}"}
+    if get_origin(hint) is list:
+        return {"nargs": "+", "metavar": (_details(name, get_args(hint)[0])["metavar"], "")}
+    if get_origin(hint) is Literal:
+        return {"metavar": f"{{{','.join(get_args(hint))}}}"}
+    other = "DIR" if name.endswith("_dir") else name.upper()
+    return {"metavar": {int: "N", float: "X"}.get(hint, other)}
+
+
+def _help(field, comment):
+    """The comment and the default; "; unset: ..." in it says what None stands for."""
+    comment, _, unset = comment.partition("; unset: ")
+    if field.default is not False and field.default not in (MISSING, ""):
+        default = "none" if field.default is None else str(field.default).lower()
+        comment += f" (default: {unset or default})"
+    return comment.replace("%", "%%")
+
+
+def describe_fields(cls) -> dict[str, tuple[str, str]]:
+    """(group, comment) of each field, read from the source: written once, for code and --help."""
+    notes, group = {}, "options"
+    for base in reversed(cls.__mro__[:-1]):
+        pattern = r"^    (?:# (.*)|(\w+): [^#\n]*?(?:  # (.*))?)$"
+        for title, name, comment in re.findall(pattern, inspect.getsource(base), re.MULTILINE):
+            group = title or group
+            if name:
+                notes[name] = group, comment
+    return notes

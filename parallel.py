@@ -1,0 +1,256 @@
+"""Several processes: joining them, sharding or replicating the model, and what they exchange.
+
+Alone, every function here does what one process needs and no more.
+"""
+
+import contextlib
+import datetime
+import os
+import signal
+import time
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from config import GPT2Config, to_dict
+from logger import log_row, rank, warn, world_size
+
+
+class PeerError(Exception):
+    """Another process died or stopped answering."""
+
+    exit_code = 1
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device, timeout: float = 600):
+    """Join the other processes that torchrun started, if any; PeerError naming the ranks that did
+    not answer within timeout seconds, or died.
+
+    Tensors on a GPU travel through NCCL, those in host memory through gloo. Yields a gloo group for
+    agreeing on the host: it gives up earlier than NCCL, which ends the process without a word.
+    """
+    if world_size() == 1 or dist.is_initialized():
+        yield None
+        return
+    cuda, patience = device.type == "cuda", datetime.timedelta(seconds=timeout)
+    store = None
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        store = _store_of_this_start(store, timeout)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=rank(),
+            world_size=world_size(),
+            timeout=2 * patience if cuda else patience,
+            device_id=device if cuda else None,
+        )
+        yield dist.new_group(backend="gloo", timeout=patience)
+    except RuntimeError as error:  # gloo has no class of its own
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise PeerError(f"{_missing_ranks(store)} of {world_size()} did not answer") from error
+    dist.destroy_process_group()  # not after an error: it might wait for the dead
+
+
+def _store_of_this_start(store, timeout):
+    """A part of torchrun's store that only these processes use.
+
+    When torchrun restarts the workers, the store still has the addresses of the dead ones. So each
+    rank counts its starts, rank 0 publishes the counts, and the ones that all agree to name the
+    part.
+    """
+    starts, agreed = store.add(f"starts {rank()}", 1), None
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        if rank() == 0:
+            counts = [str(store.add(f"starts {other}", 0)) for other in range(world_size())]
+            store.set("counts", ",".join(counts))
+        counts = store.get("counts").decode()
+        if counts != agreed and counts.split(",")[rank()] == str(starts):
+            store.add(f"agreed {counts}", 1)
+            agreed = counts
+        if agreed and store.add(f"agreed {agreed}", 0) == world_size():
+            return dist.PrefixStore(agreed, store)
+        time.sleep(0.01)
+    raise dist.DistStoreError(f"not all processes came within {timeout:g} seconds")
+
+
+def _missing_ranks(store, seconds: float = 3) -> str:
+    """Each rank that gets here sets a key in the store; those that do not are missing."""
+    try:
+        store.set(f"waiting {rank()}", "")
+        missing, until = list(range(world_size())), time.monotonic() + seconds
+        while missing and time.monotonic() < until:
+            missing = [other for other in missing if not store.check([f"waiting {other}"])]
+            time.sleep(0.05)
+    except (AttributeError, RuntimeError):  # there is no store, or rank 0 is gone with it
+        missing = [0]
+    return " and ".join(f"process {other}" for other in missing) or "a process"
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """tensor, in place the sum of those of all ranks."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(items: list) -> list:
+    """The items of all ranks in the order of the ranks; the same list everywhere."""
+    if world_size() == 1:
+        return items
+    lists = [None] * world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def broadcast_from_rank0(function):
+    """What function returns, or raises, on rank 0; other ranks do not call it."""
+    if world_size() == 1:
+        return function()
+    answer = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = function()
+        except Exception as error:  # whatever it is, it is every rank's
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+class StopSignals:
+    """Remembers SIGINT or SIGTERM for the end of the step; a second one leaves at once.
+
+    After Ctrl-C torchrun passes on what its processes have had from the terminal: within two
+    seconds that is no second one.
+    """
+
+    def __init__(self, group=None):
+        self.group, self.signum, self.before = group, None, {}
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.before[signum] = signal.signal(signum, self.handle)
+        return self
+
+    def __exit__(self, *exception):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def handle(self, signum, frame):
+        if self.signum is None:
+            self.signum, self.when = signum, time.monotonic()
+            if rank() == 0:
+                os.write(2, b"\nfinishing this step and saving; once more leaves at once\n")
+        elif world_size() == 1 or time.monotonic() - self.when > 2:
+            os._exit(128 + signum)
+
+    def received(self) -> int | None:
+        """The signal that any of the ranks has had."""
+        if world_size() == 1:
+            return self.signum
+        signum = torch.tensor(self.signum or 0)
+        dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
+        return signum.item() or None
+
+
+# ---------------------------------------------------------------- the model
+
+
+def is_sharded(config: GPT2Config) -> bool:
+    return world_size() > 1 and config.parallel == "fsdp"
+
+
+def shard(model, device, dtype):
+    """Shard weights, gradients and optimizer state over all ranks; each block is gathered only
+    while it computes (fsdp: Zhao et al. 2023).
+
+    With bfloat16 the weights stay float32 and are cast when they are gathered.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (world_size(),))
+    half = torch.bfloat16 if dtype == "bfloat16" else None
+    # inputs are not cast: RoPE's cosines and sines stay in float32
+    policy = MixedPrecisionPolicy(half, half and torch.float32, cast_forward_inputs=False)
+    for part in (*model.transformer.h, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def gradient_sync(forward, last: bool):
+    """A context for a micro-batch's forward and backward pass: gradients are all-reduced once a
+    step, with the last micro-batch; until then they add up on each rank.
+    """
+    if hasattr(forward, "set_requires_gradient_sync"):  # fsdp
+        forward.set_requires_gradient_sync(last)
+    elif isinstance(forward, DistributedDataParallel) and not last:
+        return forward.no_sync()
+    return contextlib.nullcontext()
+
+
+def compile_model(model):
+    """The compiled model; the plain one, with a warning, where any rank has no working compiler."""
+    reason = None
+    try:
+        torch.compile(torch.exp)(torch.ones((), device=next(model.parameters()).device))
+    except Exception as error:  # compilers fail in many ways, none of which needs to end a run
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    reasons = [found for found in all_gather([reason]) if found is not None]
+    if reasons:
+        warn(f"torch.compile does not work here ({reasons[0]}); training goes on without it")
+        return model
+    log_row("compiling", "the model, in the first step (about a minute)")
+    return torch.compile(model)
+
+
+def check_alike(config: GPT2Config, data_hash: str):
+    """ValueError where the processes were started with unlike settings or see unlike data."""
+    mine = to_dict(replace(config, device=None)) | {"data set": data_hash}
+    for other, theirs in enumerate(all_gather([mine])):
+        unlike = [name for name in mine if theirs[name] != mine[name]]
+        if unlike:
+            raise ValueError(
+                f"process {other} has another {unlike[0]} than process {rank()}; start all of them "
+                "with the same flags and the same data"
+            )
+
+
+# ---------------------------------------------------------------- full state
+
+
+def full_state(model, optimizer) -> tuple[dict, dict]:
+    """Weights by name and optimizer state by parameter name, as full tensors in host memory on rank
+    0, {} on other ranks. Every rank must call it; fsdp's shards are gathered tensor by tensor.
+    """
+    from torch.distributed.checkpoint import state_dict as dcp  # takes half a second to import
+
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp.get_model_state_dict(model, options=options)
+    if weights:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: one copy
+    if not optimizer.state:  # before the first step; asking for it would make some
+        return weights, {}
+    found = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    return weights, found.get("state", {})
+
+
+def load_full_state(model, optimizer, weights: dict, optimizer_state: dict):
+    """Load what full_state returned. Only rank 0 needs the tensors; other ranks only need to know
+    whether there is an optimizer state, and get their part of it tensor by tensor.
+    """
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)
+    dcp.set_model_state_dict(model, weights if rank() == 0 else {}, options=options)
+    if optimizer_state:
+        state = dcp.get_optimizer_state_dict(model, optimizer)  # for its param_groups
+        state = state | {"state": optimizer_state} if rank() == 0 else {}
+        dcp.set_optimizer_state_dict(model, optimizer, state, options=options)

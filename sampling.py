@@ -1,0 +1,332 @@
+"""From logits to tokens, from tokens to text.
+
+    from sampling import sample_text
+    print(sample_text(model, tokenizer, "To be", max_new_tokens=50, temperature=0.7))
+
+Shapes: B rows (a prompt or one of its samples each), T time, V vocabulary, K candidates.
+"""
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn as nn
+from pydantic import Field
+
+from config import dtype_name
+from logger import warn, world_size
+from model import KVCache, context_limit, context_start
+from options import integer, number
+from tokenizer import StreamDecoder
+from utils import derived_seed
+
+
+@dataclass
+class Sampling:
+    # how tokens are drawn
+    max_new_tokens: integer(0) = 200  # tokens to add to the prompt
+    temperature: number(0) = 0.8  # below 1 safer, above 1 wilder, 0 always the most likely token
+    top_k: integer(1) | None = 200  # choose among the k most likely tokens
+    top_p: number(above=0, most=1) | None = None  # choose among the likeliest that add up to this
+    stop: Annotated[str, Field(min_length=1)] | None = None  # end before this text
+    num_samples: integer(1) = 1  # texts for each prompt
+    seed: integer(0) = 1337  # the same seed gives the same text
+
+
+# ---------------------------------------------------------------- choosing a token
+
+
+def sample(logits, uniform, sampling):
+    """Token ids (B,) from logits (B, V) and a number in [0, 1) for each row (B,)."""
+    if sampling.temperature < 1e-6:  # 0, or so near it that float32 could not tell
+        return logits.argmax(dim=-1)
+    p, ids = logits_to_probs(logits, sampling)  # (B, K) each
+    return ids.gather(1, inverse_cdf(p, uniform)[:, None])[:, 0]  # (B,)
+
+
+def logits_to_probs(logits, sampling):
+    """Probabilities, descending, and the ids of their tokens: (B, K) each, from logits (B, V).
+
+    top_p keeps the smallest set of most likely tokens whose probability reaches it (nucleus
+    sampling, Holtzman et al. 2020); what is left out gets 0, and the rest is not scaled up again.
+    """
+    if sampling.top_k is None or sampling.top_k >= logits.shape[-1]:
+        logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+    else:
+        logits, ids = logits.topk(sampling.top_k, dim=-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits - logits[:, :1]  # the largest is 0, so that no temperature overflows
+    p = torch.softmax(logits / sampling.temperature, dim=-1)  # (B, K)
+    if sampling.top_p is not None and sampling.top_p < 1:  # 1: rounding would leave out the last
+        before = p.cumsum(dim=-1) - p  # probability of all that is more likely
+        p = torch.where(before < sampling.top_p, p, 0)
+    return p, ids
+
+
+def inverse_cdf(p, uniform):
+    """The column (B,) at which the running sum of p (B, K) passes uniform (B,) of its total.
+
+    One number decides, and the most likely come first: where none tie, CPU and GPU choose alike.
+    """
+    passed = p.cumsum(dim=-1)  # (B, K)
+    target = uniform[:, None].to(p.dtype) * passed[:, -1:]  # (B, 1)
+    return ((passed[:, :-1] <= target) & (p[:, 1:] > 0)).sum(dim=-1)
+
+
+def uniform_numbers(seed, samples, device):
+    """Endlessly, a number in [0, 1) for each row: (B,).
+
+    They follow from the seed and the sample's number, not from the row in the batch, so that a
+    prompt gets the same text in any company, on any device.
+    """
+    generators = [torch.Generator().manual_seed(derived_seed(seed, n)) for n in samples]
+    while True:
+        block = torch.stack([torch.rand(256, generator=g) for g in generators], dim=1)  # (256, B)
+        yield from block.to(device)
+
+
+# ---------------------------------------------------------------- tokens
+
+
+@torch.inference_mode()
+def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=True):
+    """Yield, token by token, each row's new id; None once the row has met eot_id.
+
+    prompts: B lists of ids, none empty, of any lengths; samples: the number of each row's sample.
+    Ends after max_new_tokens, or when every row has ended. With or without the cache the text is
+    the same, also where it outgrows block_size (context_start says what the model then sees).
+    """
+    tokens = [list(prompt) for prompt in prompts]
+    limit, device = context_limit(model.config), next(model.parameters()).device
+    uniform = uniform_numbers(sampling.seed, samples or [0] * len(tokens), device)
+    ended, starts = [False] * len(tokens), [None] * len(tokens)
+    new = cache = decode = None
+    for step in range(sampling.max_new_tokens):
+        before, starts = starts, [context_start(len(row), limit) for row in tokens]
+        # rows whose context starts anew: at first all, then those that outgrow block_size
+        fresh = [row for row, start in enumerate(starts) if start != before[row] or not use_cache]
+        windows = [tokens[row][starts[row] :] for row in fresh]
+        if use_cache and step == 0:
+            longest = max(map(len, windows)) + sampling.max_new_tokens - 1
+            cache = new_cache(model, len(tokens), min(longest, limit or longest))
+        if len(fresh) == len(tokens):
+            logits = prefill(model, windows, cache)  # (B, V)
+        else:
+            if fresh:
+                refill(model, windows, cache, fresh)
+            decode = decode or make_decoder(model, new[:, None], cache)
+            with one_row_kernels(len(tokens)):
+                logits = decode(new[:, None])[0][:, -1]  # (B, V)
+        if step == 0 and not logits.isfinite().all():
+            name = dtype_name(logits.dtype)
+            warn(f"the model's logits are not finite in {name}; try --dtype bfloat16 or float32")
+        new = sample(logits, next(uniform), sampling)  # (B,)
+        ids = new.tolist()
+        for row, token in enumerate(ids):
+            tokens[row].append(token)
+            ended[row] = ended[row] or token == eot_id
+        yield [None if over else token for token, over in zip(ids, ended, strict=True)]
+        if all(ended):
+            return
+
+
+def new_cache(model, rows, capacity):
+    """A cache in the type that attention computes in: the model's, on a CPU at least float32."""
+    weight = next(model.parameters())
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    if kind == "cpu" and dtype == torch.bfloat16:
+        dtype = torch.float32
+    return KVCache(model.config, rows, capacity, weight.device, dtype)
+
+
+def prefill(model, windows, cache=None):
+    """Logits (B, V) for the token after each of B windows, lists of ids; fills the cache with them.
+
+    Shorter windows are padded on the right, where no earlier token looks.
+    """
+    device, lengths = next(model.parameters()).device, [len(window) for window in windows]
+    padded = [window + [0] * (max(lengths) - len(window)) for window in windows]
+    idx, ends = torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+    if cache is not None:
+        cache.set_lengths([0] * len(windows))
+    logits, _ = model(idx, cache=cache, last=ends - 1)  # (B, 1, V)
+    if cache is not None:
+        cache.set_lengths(lengths)
+    return logits[:, 0]
+
+
+def refill(model, windows, cache, rows):
+    """Prefill some rows anew, with windows of one length, less the newest token: the next decoding
+    step adds it, with those of the other rows.
+    """
+    length = len(windows[0])
+    part = new_cache(model, len(rows), length)
+    prefill(model, windows, part)
+    cache.kv[:, :, rows, :, :length] = part.kv
+    cache.lengths[rows] = length - 1
+    cache.common_length = None
+
+
+@contextlib.contextmanager
+def one_row_kernels(rows: int):
+    """No oneDNN for a single row: in bf16 it would reorder the weights for each product."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and rows > 1
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def make_decoder(model, new, cache):
+    """The model as a function of the newest tokens (B, 1), which the cache takes in; on a GPU as a
+    CUDA graph, so that hundreds of small kernels start without waiting for Python before each.
+    """
+    decode = functools.partial(model, cache=cache)
+    if not use_graph(new.device):
+        return decode
+    new, lengths = new.clone(), cache.lengths.clone()
+    cache.common_length = None  # the graph's shapes must not depend on it
+    with torch.cuda.device(new.device):  # streams and graphs are made on the current one
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries set themselves up; what they write is overwritten
+                decode(new)
+                cache.lengths.copy_(lengths)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            logits = decode(new)
+
+    def replay(newest):
+        new.copy_(newest)
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def use_graph(device) -> bool:
+    """Autocast keeps casts of the weights between calls, and fsdp's exchange cannot be recorded."""
+    return device.type == "cuda" and world_size() == 1 and not torch.is_autocast_enabled("cuda")
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for inference in bf16 on a CPU, its weights in the order in which oneDNN
+    multiplies them fastest: with 8 rows in half the time.
+    """
+
+    def __init__(self, linear, rows):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linears(model, rows=1):
+    """Replace the linear layers of a bf16 model on a CPU by PackedLinears, for so many rows; from
+    then on the model can only generate. For one row, PyTorch's own kernel is faster.
+    """
+    weight = next(model.parameters())
+    if rows == 1 or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is nn.Linear:
+                setattr(module, name, PackedLinear(layer, rows))
+
+
+# ---------------------------------------------------------------- text
+
+
+class TextStream:
+    """A row's text as its tokens come in, ended before the stop text."""
+
+    def __init__(self, tokenizer, stop=None):
+        self.decoder, self.stop = StreamDecoder(tokenizer), stop or ""
+        self.held = ""  # may be the beginning of the stop text
+        self.done = False
+
+    def push(self, token: int | None) -> str:
+        """The text that is certain after one more token; None ends the row: all the rest."""
+        if self.done:
+            return ""
+        text = self.held + (self.decoder.flush() if token is None else self.decoder.push(token))
+        stopped = self.stop != "" and self.stop in text
+        self.done = stopped or token is None
+        if self.done:
+            return text.split(self.stop)[0] if stopped else text
+        beginnings = (self.stop[:n] for n in range(len(self.stop) - 1, 0, -1))
+        self.held = next(filter(text.endswith, beginnings), "")
+        return text.removesuffix(self.held)
+
+
+def stream_text(model, tokenizer, prompts, sampling, samples=None):
+    """Yield the prompts, then, token by token, the new text of each."""
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    limit = context_limit(model.config)
+    for length in sorted({len(row) for row in ids if context_start(len(row), limit)}):
+        seen = length - context_start(length, limit)
+        warn(f"a prompt of {length} tokens is cropped to its last {seen} (block_size {limit})")
+    rows = [TextStream(tokenizer, sampling.stop) for _ in prompts]
+    yield list(prompts)
+    for new in generate_ids(model, ids, sampling, samples, tokenizer.eot_id):
+        yield [row.push(token) for row, token in zip(rows, new, strict=True)]
+        if all(row.done for row in rows):
+            return
+    yield [row.push(None) for row in rows]
+
+
+def prompt_ids(tokenizer, prompt) -> list[int]:
+    """The prompt's ids; for an empty one a token after which a text may begin, never printed."""
+    ids = tokenizer.encode(prompt)
+    if not ids and tokenizer.eot_id is not None:
+        ids = [tokenizer.eot_id]
+    if not ids:
+        with contextlib.suppress(ValueError):  # a vocabulary of characters may lack the newline
+            ids = tokenizer.encode("\n")
+    return ids or [0]
+
+
+def check_prompts(tokenizer, prompts):
+    """ValueError with a line for each prompt that cannot be encoded, before any work is done."""
+    found = []
+    for place, prompt in enumerate(prompts, 1):
+        try:
+            tokenizer.encode(prompt)
+        except ValueError as error:
+            found.append(f"prompt {place}: {error}")
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def generate_texts(model, tokenizer, prompts, sampling, batch_size=16):
+    """Yield each prompt with its continuation, num_samples times, in the order of the prompts."""
+    check_prompts(tokenizer, prompts)
+    work = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
+    for start in range(0, len(work), batch_size):
+        some, samples = zip(*work[start : start + batch_size], strict=True)
+        pieces = stream_text(model, tokenizer, some, sampling, samples)
+        yield from map("".join, zip(*pieces, strict=True))
+
+
+def sample_text(model, tokenizer, prompt, max_new_tokens=200, **settings) -> str:
+    """The prompt and its continuation; leaves the model's mode and all random states alone.
+
+    settings: fields of Sampling.
+    """
+    sampling = Sampling(max_new_tokens, **settings)
+    was_training = model.training
+    model.eval()
+    try:
+        return next(generate_texts(model, tokenizer, [prompt], sampling))
+    finally:
+        model.train(was_training)

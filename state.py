@@ -1,0 +1,255 @@
+"""The state of a training run: built in one place, saved, and taken up again."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from config import MODEL_FIELDS, STEP_FIELDS, GPT2Config, differences, to_dict
+from logger import log_row, rank, warn, world_size
+from model import GPT2
+from optim import make_optimizer
+from parallel import (
+    broadcast_from_rank0,
+    compile_model,
+    full_state,
+    is_sharded,
+    load_full_state,
+    shard,
+)
+from tokenizer import load_tokenizer
+from utils import autocast, set_up_device, to_device
+
+MOST_SKIPPED = 20  # steps in a row that float16 may skip while its loss scale settles
+
+
+class NonFiniteError(Exception):
+    """Loss or gradients are not finite; the weights are those of the step before."""
+
+    exit_code = 5
+
+
+@dataclass
+class TrainState:
+    """All that changes as a run goes on."""
+
+    model: GPT2  # the plain module, which holds the weights
+    forward: torch.nn.Module  # the same model, compiled and in DDP where that is so
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # float16's loss scale; does nothing for other types
+    found_inf: "FoundInf"
+    step: int = 0  # updates made
+    best_val_loss: float | None = None
+    run: str | None = None  # the name of its folder in log_dir
+
+
+def build_state(config: GPT2Config, device, sampler, saved=None, initial=None) -> TrainState:
+    """Model and optimizer on the device, sharded, compiled and replicated as config says; with the
+    state of a checkpoint (saved), or with the weights of a trained model (initial).
+    """
+    set_up_device(device, thrifty=is_sharded(config) or config.activation_checkpointing)
+    torch.manual_seed(config.seed)  # of the weights
+    model = GPT2(config).to(device, torch.float64 if config.dtype == "float64" else torch.float32)
+    if initial is not None:
+        checkpoint.load_weights(model, crop_positions(initial, config.block_size))
+    if is_sharded(config):
+        shard(model, device, config.dtype)
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    found_inf = FoundInf(device, MOST_SKIPPED if scaler.is_enabled() else 0, config.checkpoint_dir)
+    state = TrainState(model, model, optimizer, scaler, found_inf)
+    if saved is not None:
+        load_full_state(model, optimizer, saved["model"], saved["optimizer"])
+        if scaler.is_enabled() and saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+        if saved["rng"]:
+            torch.set_rng_state(saved["rng"]["torch"])
+        state.step, state.best_val_loss = saved["step"], saved["best_val_loss"]
+        state.run = saved["run"]
+    if config.compile:
+        state.forward = compile_model(model)
+    if world_size() > 1 and not is_sharded(config):
+        state.forward = DistributedDataParallel(state.forward, gradient_as_bucket_view=True)
+        # DDP arranges its buckets anew after the first backward pass, and with them the order of
+        # its sums: make that pass here, or a resumed run would round otherwise
+        x, y = (to_device(ids, device) for ids in sampler.batch(state.step))
+        with autocast(device, config.dtype):
+            loss = state.forward(x, y)[1]
+        loss.backward()
+        zero_grad(state)
+    return state
+
+
+def zero_grad(state):
+    """Clear gradients; under DDP they are views of its buckets and must stay allocated."""
+    replicated = isinstance(state.forward, DistributedDataParallel)
+    state.optimizer.zero_grad(set_to_none=not replicated)
+
+
+class FoundInf:
+    """Whether loss and gradients are finite. On CUDA the optimizer's kernel itself skips a step
+    that is not, and the host learns of it one step later: nothing waits for the device.
+    """
+
+    def __init__(self, device, may_skip: int, checkpoint_dir: str):
+        self.on_cuda, self.may_skip = device.type == "cuda", may_skip
+        self.checkpoint_dir, self.skipped, self.pending = checkpoint_dir, 0, None
+
+    def check(self, loss, grad_norm, optimizer, step: int) -> bool:
+        """Whether to call optimizer.step(). Raises NonFiniteError, on CUDA for the step before."""
+        self.read()
+        found_inf = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        arrival = None
+        if self.on_cuda:
+            optimizer.found_inf = found_inf.float()
+            found_inf = found_inf.to("cpu", non_blocking=True)
+            arrival = torch.cuda.Event()
+            arrival.record()
+        self.pending = found_inf, arrival, step
+        return self.on_cuda or self.read()
+
+    def read(self) -> bool:
+        """Wait for the last answer; whether it is that all is finite."""
+        if self.pending is None:
+            return True
+        found_inf, arrival, step = self.pending
+        self.pending = None
+        if arrival is not None:
+            arrival.synchronize()
+        self.skipped = self.skipped + 1 if found_inf else 0
+        if self.skipped > self.may_skip:
+            raise NonFiniteError(
+                f"loss or gradient is not finite near step {step + 1}; weights were left as they "
+                f"were, the last checkpoint is in {self.checkpoint_dir}; try a smaller "
+                "--learning_rate, a longer --warmup_iters or --dtype float32"
+            )
+        return not found_inf
+
+
+# ---------------------------------------------------------------- saved
+
+
+def save_state(state: TrainState, config: GPT2Config, dataset, tokenizer, names):
+    """Write checkpoints under these names (checkpoint.LATEST ...); every rank must call it, for
+    fsdp gathers each tensor from all of them. Rank 0 writes.
+    """
+    state.found_inf.read()  # a step that was not made shall not be saved as made
+    weights, optimizer_state = full_state(state.model, state.optimizer)
+    contents = {
+        "format": checkpoint.FORMAT,
+        "step": state.step,
+        "best_val_loss": state.best_val_loss,
+        "model": weights,
+        "optimizer": optimizer_state,
+        "scaler": state.scaler.state_dict(),
+        "rng": {"torch": torch.get_rng_state()},
+        "config": to_dict(config),
+        "tokenizer": tokenizer.to_dict(),
+        "data_hash": dataset.hash,
+        "run": state.run,
+    }
+    folder = Path(config.checkpoint_dir)
+    for name in names if rank() == 0 else ():
+        if name == checkpoint.LATEST:
+            checkpoint.save_latest(folder, contents)
+        elif name == checkpoint.NUMBERED:
+            checkpoint.save_numbered(folder, contents, config.keep_checkpoints)
+        else:
+            checkpoint.save(folder / name, contents)
+
+
+def find_checkpoint(config: GPT2Config, dataset, insist: bool) -> dict | None:
+    """The newest intact checkpoint, None without any; says which file and why. Only rank 0 reads
+    it, and only there it has its tensors.
+
+    Raises CheckpointError, and ValueError where it is of another run: a line for each difference.
+    """
+    found = []
+
+    def read():
+        found.append(_newest(config, dataset, insist))
+        return found[0] and found[0] | {"model": {}, "optimizer": bool(found[0]["optimizer"])}
+
+    outline = broadcast_from_rank0(read)
+    return found[0] if found else outline
+
+
+def _newest(config, dataset, insist):
+    found = checkpoint.latest(config.checkpoint_dir)
+    if found is None and insist:
+        message = f"--resume: no checkpoint in {config.checkpoint_dir}; leave the flag out"
+        raise checkpoint.CheckpointError(message)
+    if found is None:
+        return None
+    path, saved, damaged = found
+    for line in damaged:
+        warn(f"passed over and kept as *.damaged: {line}")
+    unlike = differences(saved["config"], config, ("vocab_size", *MODEL_FIELDS, "optimizer"))
+    mine, theirs = dataset.meta["tokenizer"], saved["tokenizer"]
+    if not theirs or load_tokenizer(theirs).hash() != mine["sha256"]:
+        kinds = f"checkpoint {theirs.get('kind', 'none')}, config {mine['kind']}"
+        unlike.append(f"tokenizer: {kinds} (another vocabulary)")
+    if saved["data_hash"] != dataset.hash:
+        old, new = (saved["data_hash"] or "none")[:12], dataset.hash[:12]
+        unlike.append(f"data set: checkpoint {old}, config {new}")
+    if unlike:
+        unlike.append(
+            f"{path} is of another run: --fresh sets it aside, --checkpoint_dir leaves it"
+        )
+        raise ValueError("\n".join(unlike))
+    log_row("resuming", f"{path} (the newest intact checkpoint), step {saved['step']:,}")
+    if changed := differences(saved["config"], config, STEP_FIELDS):
+        log_row("changed", "\n".join(changed), "yellow")
+    return saved
+
+
+# ---------------------------------------------------------------- a trained model to begin with
+
+
+def load_initial(spec, config, chosen=()) -> tuple[GPT2Config, dict]:
+    """config with the shape of a trained model, and its checkpoint's dict for train(initial=...).
+
+    spec: what checkpoint.load_state takes. chosen: fields that the user has set; block_size may be
+    shorter than the model's, dropout anything. Raises ValueError where another is not the model's.
+    """
+    state, name = checkpoint.load_state(spec)
+    model = checkpoint.model_config(state)
+    unlike = [
+        f"--{field} {getattr(config, field)}: the model of --init_from {name} has "
+        f"{getattr(model, field)}"
+        for field in MODEL_FIELDS
+        if field in chosen and getattr(config, field) != getattr(model, field)
+        if field != "block_size" or config.block_size > model.block_size
+    ]
+    if unlike:
+        raise ValueError("\n".join(unlike))
+    shape = {field: getattr(model, field) for field in MODEL_FIELDS}
+    if "block_size" in chosen:
+        shape["block_size"] = config.block_size
+    log_row("weights", f"{name}: {model.n_layer} layers, {model.n_embd} channels")
+    return replace(config, **shape), state
+
+
+def check_vocabulary(initial, dataset):
+    """ValueError unless the data set's ids mean to the model of initial what they always have."""
+    vocab_size = checkpoint.model_config(initial).vocab_size
+    theirs = load_tokenizer(initial["tokenizer"]) if initial["tokenizer"] else None
+    mine = dataset.meta["tokenizer"]
+    same = theirs is None or theirs.hash() == mine["sha256"]
+    if not same or vocab_size != dataset.vocab_size:
+        kind = "an unknown tokenizer" if theirs is None else theirs.kind
+        raise ValueError(
+            f"--init_from: its model knows {vocab_size:,} tokens ({kind}), {dataset.data_dir} has "
+            f"another vocabulary of {dataset.vocab_size:,} ({mine['kind']}); --data FILE prepares "
+            "a text with the model's own"
+        )
+
+
+def crop_positions(initial: dict, block_size: int) -> dict:
+    """A checkpoint's dict with a position table of block_size rows."""
+    tensors = dict(initial["model"])
+    if "transformer.wpe.weight" in tensors:
+        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:block_size]
+    return {"model": tensors}

@@ -1,0 +1,213 @@
+"""Files are whole or absent, whatever fails; what others wrote is read without trust."""
+
+import errno
+import os
+import signal
+import stat
+
+import pytest
+from conftest import in_child
+from typing_extensions import TypedDict
+
+import files
+from files import WriteError, atomic_folder, atomic_write, lock, read_json, read_text
+
+
+class Settings(TypedDict):
+    a: int
+    b: list[dict[str, int]]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def full(*arguments, **keywords):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_a_write_replaces_the_file_and_keeps_the_old_one_where_asked(tmp_path):
+    path = tmp_path / "new" / "file.pt"
+    for content in (b"one", b"two\r\n"):
+        with atomic_write(path, keep=path.with_name("previous.pt")) as file:
+            file.write(content)
+    assert path.read_bytes() == b"two\r\n" and names(path.parent) == ["file.pt", "previous.pt"]
+    assert path.with_name("previous.pt").read_bytes() == b"one"
+    with atomic_write(path, "w") as file:
+        file.write("é\n\udcff")
+    assert path.read_bytes() == "é\n\\udcff".encode()
+
+
+def test_a_write_is_synced_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch):
+    calls = []
+
+    def noting(name, function):
+        def noted(*arguments):
+            calls.append(name if name != "fsync" else os.readlink(f"/proc/self/fd/{arguments[0]}"))
+            return function(*arguments)
+
+        return noted
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"x")
+    assert calls == [str(tmp_path / ".file.tmp"), "replace", str(tmp_path)]
+
+
+@pytest.mark.parametrize("what", ["body", "fsync", "replace"])
+def test_a_write_that_fails_leaves_what_was_there_and_names_path_and_free_space(
+    tmp_path, monkeypatch, what
+):
+    path = tmp_path / "file"
+    path.write_text("old")
+    if what != "body":
+        monkeypatch.setattr(os, what, full)
+    with pytest.raises(
+        WriteError, match=r"could not write .*file: No space.* MB are free"
+    ) as error:
+        with atomic_write(path) as file:
+            file.write(b"new")
+            if what == "body":
+                full()
+    assert error.value.exit_code == 4
+    assert path.read_text() == "old" and names(tmp_path) == ["file"]
+
+
+def test_a_killed_write_leaves_the_old_file_and_the_next_one_tidies_up(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def killed():
+        with atomic_write(path) as file:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert path.read_text() == "old" and names(tmp_path) == [".file.tmp", "file"]
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_text() == "new" and names(tmp_path) == ["file"]
+    (tmp_path / ".other.tmp").mkdir()
+    files.clean(tmp_path)
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
+    (tmp_path / "canary").write_text("alive")
+    (tmp_path / ".file.tmp").symlink_to(tmp_path / "canary")
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"x")
+    assert (tmp_path / "canary").read_text() == "alive"
+    assert not (tmp_path / "file").is_symlink()
+
+
+def test_a_new_file_has_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "file"):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(ValueError, match="mine"):
+        with atomic_folder(target) as aside:
+            (aside / "config.json").write_text("{}")
+            raise ValueError("mine")
+    assert names(tmp_path) == []
+    target.mkdir()
+    with atomic_folder(target) as aside:
+        (aside / "config.json").write_text("{}")
+    with pytest.raises(WriteError, match="model: Directory not empty"):
+        with atomic_folder(target) as aside:
+            (aside / "other").touch()
+    assert names(target) == ["config.json"] and names(tmp_path) == ["model"]
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ('{"a": 1}', "b: is missing"),
+        ('{"a": "1", "b": []}', "a: must be a valid integer"),
+        ('{"a": 1, "b": [{"x": 1.5}]}', r"b\.0\.x: must be a valid integer"),
+        ("[]", "must be an object"),
+        ("", "Invalid JSON: EOF"),
+        ("[" * 100_000, "Invalid JSON: recursion limit"),
+        ('{"a":' * 5_000, "Invalid JSON: recursion limit"),
+        ('{"a": ' + "9" * 5000, "Invalid JSON: number out of range"),
+        ('{"a": "\\ud800"}', "Invalid JSON"),
+        (b"\xff\xfe{\x00}\x00", "Invalid JSON"),
+    ],
+    ids=lambda text: text[:12] if isinstance(text, str) else "utf-16",
+)
+def test_hostile_json_is_one_line_with_file_and_field(tmp_path, content, why):
+    path = tmp_path / "x.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=rf"x\.json: {why}") as error:
+        read_json(path, Settings)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 300
+
+
+def test_only_regular_files_of_a_sensible_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(files.MOST_JSON + 1)
+    for name, why in (("fifo", "not a reg"), ("link", "not a reg"), ("large", "67,108,865 bytes")):
+        with pytest.raises(ValueError, match=f"{name}: {why}"):
+            read_json(tmp_path / name)
+
+
+def test_text_is_utf8_or_named(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert read_text(path) == "one\r\ntwo"
+    path.write_text('{"a": 1}', "utf-8-sig")
+    assert read_json(path) == {"a": 1}
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"prompt\.txt: not UTF-8 \(byte 3\)"):
+        read_text(path)
+
+
+# ---------------------------------------------------------------- locks
+
+
+def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
+    def second():
+        with pytest.raises(ValueError, match=rf"is in use by process {os.getppid()} \("):
+            with lock(tmp_path):
+                pass
+        return 7
+
+    with lock(tmp_path):
+        assert in_child(second) == 7
+    assert names(tmp_path) in ([], [".lock"])
+
+
+def test_a_lock_whose_holder_was_killed_does_not_block(tmp_path):
+    def killed():
+        with lock(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == -signal.SIGKILL
+    with lock(tmp_path):
+        pass
+    assert ".lock_holder" not in names(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_write_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"could not write .*file/folder: Not a directory"):
+        with lock(tmp_path / "file" / "folder"):
+            pass

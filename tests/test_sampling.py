@@ -1,0 +1,293 @@
+"""Sampling against a plain NumPy version; cached, batched and streamed text against the simplest
+way to the same text."""
+
+import contextlib
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import sampling
+from config import GPT2Config
+from model import GPT2
+from sampling import Sampling, TextStream, generate_ids, generate_texts, sample_text
+from tokenizer import BPETokenizer, CharTokenizer
+
+ALPHABET = "\n abcdefghijklmnopqrstuvwxyz=<|>/"
+
+
+def tiny_model(vocab_size, block_size=16, position="learned"):
+    """Far from the first random weights, where all logits are near zero."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "position": position}
+    model = GPT2(GPT2Config(vocab_size=vocab_size, block_size=block_size, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5).add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+@pytest.fixture
+def char():
+    tokenizer = CharTokenizer.train(ALPHABET)
+    return tiny_model(tokenizer.vocab_size).double(), tokenizer
+
+
+# ---------------------------------------------------------------- choosing a token
+
+
+def plain_choice(logits, uniform, temperature, top_k, top_p):
+    """The same rule for one row, in the words of its definition."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or len(logits)]
+    p = np.exp((logits[order] - logits[order[0]]) / temperature)
+    p /= p.sum()
+    if top_p is not None:
+        kept, total = [], 0.0
+        for value in p:
+            kept.append(value)
+            total += value
+            if total >= top_p:
+                break
+        p = np.array(kept) / total
+    total = 0.0
+    for token, value in zip(order, p, strict=False):
+        total += value
+        if uniform < total:
+            return token
+    return order[len(p) - 1]
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 1000])
+@pytest.mark.parametrize("top_p", [None, 1e-6, 0.5, 0.9, 1.0])
+def test_sample_is_the_plain_numpy_version(temperature, top_k, top_p):
+    rng = np.random.default_rng(1)
+    logits, uniform = rng.normal(size=(200, 40)) * 3, rng.random(200)
+    settings = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    found = sampling.sample(torch.tensor(logits), torch.tensor(uniform), settings).tolist()
+    rows = zip(logits, uniform, strict=True)
+    assert found == [plain_choice(row, u, temperature, top_k, top_p) for row, u in rows]
+
+
+def test_temperature_0_takes_the_most_likely():
+    logits = torch.randn(50, 30)
+    settings = Sampling(temperature=0, top_k=3, top_p=0.1)
+    found = sampling.sample(logits, torch.rand(50), settings)
+    assert torch.equal(found, logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_temperatures_give_valid_ids(temperature, dtype):
+    logits = (torch.randn(100, 30) * 1000).to(dtype)
+    settings = Sampling(temperature=temperature, top_k=None)
+    found = sampling.sample(logits, torch.rand(100), settings)
+    assert ((found >= 0) & (found < 30)).all()
+    if temperature < 1:
+        assert torch.equal(logits.gather(1, found[:, None])[:, 0], logits.max(dim=1).values)
+
+
+def test_the_ends_of_the_unit_interval_choose_tokens_with_probability():
+    p = torch.tensor([[0.5, 0.25, 0.0, 0.0]]).repeat(2, 1)
+    assert sampling.inverse_cdf(p, torch.tensor([0.0, 1.0])).tolist() == [0, 1]
+
+
+def test_a_top_p_of_1_leaves_no_token_out():
+    values = torch.tensor([[0.0] + [-17.0] * 1000])  # a sum in float32 reaches 1 before its end
+    p, _ = sampling.logits_to_probs(values, Sampling(top_k=None, top_p=1.0, temperature=1))
+    assert (p > 0).all()
+
+
+# ---------------------------------------------------------------- tokens
+
+
+PROMPTS = [[1, 2, 3], [4], list(range(16)), [5] * 11, list(range(30)) * 2]
+
+
+def columns(model, prompts, settings, **options):
+    """The new ids of each row."""
+    return list(zip(*generate_ids(model, prompts, settings, **options), strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+@pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
+def test_cached_is_uncached_and_a_row_is_its_prompt_alone_past_block_size(temperature, position):
+    model = tiny_model(len(ALPHABET), position=position).double()
+    settings = Sampling(60, temperature, top_k=20)
+    cached = columns(model, PROMPTS, settings)
+    assert cached == columns(model, PROMPTS, settings, use_cache=False)
+    assert cached == [columns(model, [prompt], settings)[0] for prompt in PROMPTS]
+
+
+def test_packed_weights_multiply_as_before():
+    model = tiny_model(len(ALPHABET)).bfloat16()
+    plain = copy.deepcopy(model)
+    sampling.pack_linears(model, 3)
+    packed = [layer for layer in model.modules() if isinstance(layer, sampling.PackedLinear)]
+    if not packed:
+        pytest.skip("no oneDNN for bfloat16 on this CPU")
+    assert len(packed) == 2 * 4 + 1  # each linear layer once, the head too
+    unpacked = (tiny_model(len(ALPHABET)), 3), (plain, 1)  # float32; one row
+    for other, rows in unpacked:
+        sampling.pack_linears(other, rows)
+        assert type(other.lm_head) is torch.nn.Linear
+    with torch.inference_mode():
+        for prompts in ([[1], [2], [3]], [[1, 2, 3, 4]]):
+            logits, expected = sampling.prefill(model, prompts), sampling.prefill(plain, prompts)
+            assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    assert len(columns(model, PROMPTS, Sampling(30, 0.9))[0]) == 30
+
+
+class FakeCUDA:
+    """As much of torch.cuda as recording needs, on a CPU: a replay calls the step again."""
+
+    def __init__(self, monkeypatch):
+        self.forward, self.streams = GPT2.forward, []  # those that something was run on
+        monkeypatch.setattr(torch, "cuda", self)
+        monkeypatch.setattr(sampling, "use_graph", lambda device: True)
+
+    def watched(self, model, idx, cache=None, **options):
+        self.logits, _ = self.forward(model, idx, cache=cache, **options)
+        self.step, self.cache = lambda: self.forward(model, idx, cache=cache)[0], cache
+        return self.logits, None
+
+    def device(self, device):
+        return contextlib.nullcontext()
+
+    def Stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    current_stream, CUDAGraph = Stream, SimpleNamespace
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.streams.append(stream)
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream=None):
+        """What the step does while it is recorded happens, but is undone."""
+        self.streams.append(stream)
+        lengths = self.cache.lengths.clone()
+        yield
+        self.cache.lengths.copy_(lengths)
+        logits, step = self.logits, self.step
+        graph.replay = lambda: logits.copy_(step())
+
+
+@pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
+def test_the_step_of_a_graph_gives_the_same_text_past_block_size(monkeypatch, position):
+    model = tiny_model(len(ALPHABET), position=position).double()
+    rows = [PROMPTS, [[5] * 15], PROMPTS[:2]]  # learned, begun full; nearly full; any positions
+    expected = [columns(model, prompts, Sampling(60, 0.9)) for prompts in rows]
+    cuda = FakeCUDA(monkeypatch)
+    monkeypatch.setattr(GPT2, "forward", lambda *args, **named: cuda.watched(*args, **named))
+    assert [columns(model, prompts, Sampling(60, 0.9)) for prompts in rows] == expected
+    warm, recorded, *_ = cuda.streams
+    assert warm is recorded  # torch's own stream is on the first device that ever recorded
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_graph_gives_the_text_of_plain_steps(monkeypatch):
+    model = tiny_model(len(ALPHABET)).double().cuda()
+    graphed = columns(model, PROMPTS, Sampling(60, 0.9))
+    monkeypatch.setattr(sampling, "use_graph", lambda device: False)
+    assert columns(model, PROMPTS, Sampling(60, 0.9)) == graphed
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_the_shortest_contexts_agree_too(block_size):
+    model = tiny_model(30, block_size).double()
+    settings = Sampling(12, 0.9)
+    cached = columns(model, [[1], [2, 3, 4, 5]], settings)
+    assert cached == columns(model, [[1], [2, 3, 4, 5]], settings, use_cache=False)
+
+
+def test_a_sample_is_known_by_its_number_not_by_its_row(char):
+    model, _ = char
+    together = columns(model, [[1, 2]] * 3, Sampling(20), samples=[0, 1, 2])
+    alone = [columns(model, [[1, 2]], Sampling(20), samples=[n])[0] for n in range(3)]
+    assert together == alone and len(set(together)) == 3
+
+
+def test_a_row_ends_at_eot_and_the_others_go_on(char):
+    model, _ = char
+    free = columns(model, PROMPTS, Sampling(40))
+    eot = free[0][5]
+    rows = columns(model, PROMPTS, Sampling(40), eot_id=eot)
+    for row, whole in zip(rows, free, strict=True):
+        end = whole.index(eot) if eot in whole else len(row)
+        assert row == (whole[:end] + (None,) * (len(row) - end))
+    assert columns(model, PROMPTS[:1], Sampling(40), eot_id=eot)[0].count(None) == 1
+
+
+def test_generating_leaves_global_random_state_alone(char):
+    model, tokenizer = char
+    model.train()
+    before = torch.get_rng_state()
+    text = sample_text(model, tokenizer, "ab", 20, temperature=0.8, top_k=200, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and text.startswith("ab") and len(text) == 22
+    assert text == sample_text(model, tokenizer, "ab", 20, seed=3)
+
+
+def test_sample_text_works_under_autocast(char):
+    _, tokenizer = char
+    model = tiny_model(tokenizer.vocab_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        text = sample_text(model, tokenizer, "", 40)
+    assert len(text) == 40
+
+
+# ---------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize("stop", [None, "\n\n", "aab", "é"])
+def test_streamed_text_is_the_whole_text_up_to_the_stop(stop):
+    tokenizer = BPETokenizer.train("aab é 你好 🙂 " * 20, 290)
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        ids = rng.integers(tokenizer.vocab_size, size=int(rng.integers(60))).tolist()
+        ids += tokenizer.encode("aaab\n\n\né") * int(rng.integers(2))
+        row, pieces = TextStream(tokenizer, stop), []
+        for token in ids:
+            pieces.append(row.push(token))
+            assert stop is None or stop not in "".join(pieces)
+        whole = tokenizer.decode(ids)
+        assert "".join(pieces) + row.push(None) == (whole.split(stop)[0] if stop else whole)
+        assert row.push(None) == ""
+
+
+def test_text_ends_before_the_stop_text(char):
+    model, tokenizer = char
+    free = sample_text(model, tokenizer, "to be", 80)
+    stop = free[20:23]
+    [text] = generate_texts(model, tokenizer, ["to be"], Sampling(80, stop=stop))
+    assert text == "to be" + free[5:].split(stop)[0]
+
+
+def test_several_texts_come_in_the_order_of_the_prompts(char):
+    model, tokenizer = char
+    prompts = ["ab", "", "hello world and more", "z"]
+    settings = Sampling(20, num_samples=2)
+    texts = list(generate_texts(model, tokenizer, prompts, settings, batch_size=3))
+    alone = [generate_texts(model, tokenizer, [prompt], settings) for prompt in prompts]
+    assert texts == [text for pair in alone for text in pair]
+    assert texts[4].startswith("hello world and more") and texts[4] != texts[5]
+
+
+def test_an_empty_prompt_starts_from_end_of_text_unseen():
+    tokenizer = BPETokenizer.train("abc " * 20, 270)
+    model = tiny_model(tokenizer.vocab_size).double()
+    [expected] = columns(model, [[tokenizer.eot_id]], Sampling(15), eot_id=tokenizer.eot_id)
+    expected = [token for token in expected if token is not None]
+    assert sample_text(model, tokenizer, "", 15) == tokenizer.decode(expected)
+
+
+def test_an_empty_prompt_works_without_newline_in_the_vocabulary():
+    assert sampling.prompt_ids(CharTokenizer.train("abc"), "") == [0]
+    assert sampling.prompt_ids(CharTokenizer.train("ab\n"), "") == [0]
+    assert sampling.prompt_ids(CharTokenizer.train("\tab\n"), "") == [1]
