@@ -211,7 +211,7 @@ def read_line() -> str | None:
 def command(line: str, sampling: Sampling) -> Sampling:
     """Run a /command; returns the settings to go on with."""
     word, _, rest = line.strip().partition(" ")
-    comments = {field.name: describe_fields(Sampling)[field.name][1] for field in fields(Sampling)}
+    comments = {name: comment for name, (_, comment) in describe_fields(Sampling).items()}
     if word == "/set":
         name, _, text = rest.strip().partition(" ")
         if name not in comments or not text:

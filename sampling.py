@@ -18,7 +18,7 @@ from pydantic import Field
 from config import dtype_name
 from logger import warn, world_size
 from model import KVCache, context_limit, context_start
-from options import integer, number
+from options import integer, number, validate
 from tokenizer import StreamDecoder
 from utils import derived_seed
 
@@ -323,7 +323,8 @@ def sample_text(model, tokenizer, prompt, max_new_tokens=200, **settings) -> str
 
     settings: fields of Sampling.
     """
-    sampling = Sampling(max_new_tokens, **settings)
+    sampling = Sampling(max_new_tokens=max_new_tokens, **settings)
+    validate(sampling)
     was_training = model.training
     model.eval()
     try:

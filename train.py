@@ -206,9 +206,8 @@ def train(
                     record["val_loss"] = val_loss
                     with autocast(device, config.dtype):
                         sample = sample_text(model, tokenizer, "", 200, seed=config.seed)
-                    if val_loss < (
-                        math.inf if state.best_val_loss is None else state.best_val_loss
-                    ):
+                    best = math.inf if state.best_val_loss is None else state.best_val_loss
+                    if val_loss < best:  # false for NaN
                         state.best_val_loss = val_loss
                         due.append(checkpoint.BEST)
                 log.write(record, sample, peak_mb(device))
@@ -425,7 +424,8 @@ def main(argv=None) -> int:
         if world_size() > 1:
             log_row("next", "the same torchrun command, without --fresh, goes on from there")
         else:
-            words = (word for word in argv or sys.argv[1:] if word != "--fresh")
+            argv = sys.argv[1:] if argv is None else argv
+            words = (word for word in argv if not word.startswith("--fresh"))
             log_next(command_for("train.py", *words))
         return stopped.exit_code
     if options.eval_only and rank() == 0:
