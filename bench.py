@@ -6,8 +6,8 @@
     python bench.py prepare --nanogpt nanoGPT --megabytes 200
     python bench.py plan --preset gpt2-xl --gpus 64     # memory, days; no run
 
-nanoGPT is a checkout of karpathy/nanoGPT; transformers takes part where it is installed. Each runs
-in a process of its own and takes one sample at a time in turn: A B A B ... Medians are printed as a
+nanoGPT is a checkout of karpathy/nanoGPT; transformers takes part if it is installed. Each runs in
+its own process, and they take turns, one sample at a time: A B A B ... Medians are printed as a
 table, then everything as one line of JSON.
 """
 
@@ -320,7 +320,7 @@ def bench_prepare(options, config) -> dict:
         ours = [str(HERE / "prepare_data.py"), "--input", file.name, "--tokenizer", "gpt2"]
         ours += ["--data_dir", f"{folder}/ours", "--overwrite"]
         contenders = {"ours": functools.partial(time_script, ours, megabytes)}
-        if options.nanogpt:  # it reads the input.txt beside it
+        if options.nanogpt:  # it reads the input.txt next to it
             script = shutil.copy(Path(options.nanogpt) / "data/shakespeare/prepare.py", folder)
             contenders["nanoGPT"] = functools.partial(time_script, [script], megabytes)
         return {"unit": "MB", "results": take_turns(contenders, options.samples)}
@@ -403,7 +403,7 @@ WORK = {"train": bench_train, "generate": bench_generate, "prepare": bench_prepa
 
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["plan"]:  # a calculation of its own, beside the page that explains it
+    if argv[:1] == ["plan"]:  # a separate calculation, next to the page that explains it
         plan = [sys.executable, str(HERE / "docs" / "plan.py"), *argv[1:]]
         return subprocess.call(plan, env=os.environ | {"PYTHONPATH": str(HERE)})
     options, config = settings(argv)

@@ -52,7 +52,7 @@ SANE_TEXT = (
 
 
 class CheckpointError(Exception):
-    """No usable checkpoint: missing, damaged, hostile, or of another model."""
+    """No usable checkpoint: missing, damaged, hostile, or of a different model."""
 
     exit_code = 3
 
@@ -231,7 +231,7 @@ def _problems(error) -> list[str]:
 
 def latest(folder) -> tuple[Path, dict, list[str]] | None:
     """The newest intact checkpoint of a folder: its path, its state, and what is wrong with each
-    newer file, which is renamed to NAME.damaged. None where there are no checkpoints.
+    newer file, which is renamed to NAME.damaged. None if there are no checkpoints.
 
     Raises CheckpointError, naming every file and touching none, if none is intact.
     """

@@ -1,4 +1,4 @@
-"""What a run is: every setting as one typed dataclass, and the presets.
+"""All settings of a run, as one typed dataclass, and the presets.
 
 From Python:
 
@@ -25,7 +25,7 @@ def dtype_name(dtype) -> str | None:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Dtype = Annotated[Literal[DTYPES], BeforeValidator(dtype_name)]
 
-# share of the way from min_lr to learning_rate, by the progress of the decay from 0 to 1
+# fraction of (learning_rate - min_lr) at decay progress 0 to 1
 LR_SCHEDULES = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
@@ -43,7 +43,7 @@ class GPT2Config:
     dropout: number(least=0, below=1) = 0.0  # share of activations dropped while training
     bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
     position: Literal["learned", "rope", "alibi"] = "learned"  # position encoding (GPT-2: learned)
-    gelu: Literal["tanh", "exact"] = "tanh"  # form of GELU: tanh (GPT-2) or exact (nanoGPT)
+    gelu: Literal["tanh", "exact"] = "tanh"  # GELU variant: tanh (GPT-2) or exact (nanoGPT)
     # data
     data_dir: str = "./data/shakespeare"  # the data set's own folder
     # batch
@@ -51,28 +51,28 @@ class GPT2Config:
     gradient_accumulation_steps: integer(1) = 40  # micro-batches in a step, over all processes
     max_iters: integer(0) = 100000  # steps, an update of the weights each
     # optimizer and schedule
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, else AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon on block matrices, AdamW on the rest
     learning_rate: number(above=0) = 6e-4  # peak learning rate
     min_lr: number(0) | None = None  # learning rate at the end; unset: learning_rate / 10
     lr_schedule: Literal[*LR_SCHEDULES] = "cosine"  # decay after the warmup
     warmup_iters: integer(0) | None = None  # linear warmup; unset: 2000, at most max_iters / 10
     lr_decay_iters: integer(0) | None = None  # step at which min_lr is reached; unset: max_iters
     weight_decay: number(0) = 0.1  # decoupled, on matrices only
-    beta1: number(least=0, below=1) = 0.9  # decay of the gradient's mean, Muon's momentum
-    beta2: number(least=0, below=1) = 0.95  # AdamW: decay of the gradient's square
+    beta1: number(least=0, below=1) = 0.9  # AdamW's beta1; Muon's momentum
+    beta2: number(least=0, below=1) = 0.95  # AdamW's beta2
     grad_clip: number(above=0) | None = 1.0  # largest gradient norm; none: no clipping
     # precision and hardware
-    device: str | None = None  # cuda, cuda:1, mps or cpu; unset: the best that is there
-    dtype: Dtype | None = None  # precision of the matrix products; unset: the best that is there
+    device: str | None = None  # cuda, cuda:1, mps or cpu; unset: the best available
+    dtype: Dtype | None = None  # precision of the matrix products; unset: the best available
     compile: bool | None = None  # torch.compile; unset: on CUDA only
     parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: replicated or sharded weights
     activation_checkpointing: bool = False  # recompute activations in the backward pass
     peer_timeout: number(above=0, most=1e9) = 600  # seconds to wait for another process
-    seed: integer(0, 2**63 - 1) = 1337  # of the weights, the data order and dropout
+    seed: integer(0, 2**63 - 1) = 1337  # seeds initial weights, data order and dropout
     # evaluation
     eval_interval: integer(1) = 1000  # steps between evaluations
-    eval_iters: integer(1) = 200  # batches of an evaluation, at most the whole split
-    patience: integer(1) | None = None  # stop after so many evaluations without a better one
+    eval_iters: integer(1) = 200  # validation batches per evaluation; at most the whole split
+    patience: integer(1) | None = None  # stop after this many evaluations without improvement
     # checkpoints and logging
     checkpoint_dir: str = "./checkpoints"  # where checkpoints go
     checkpoint_interval: integer(1) = 5000  # steps between the numbered checkpoints
@@ -80,10 +80,10 @@ class GPT2Config:
     log_dir: str = "./runs"  # where each run's folder of curves goes
     log_interval: integer(1) = 10  # steps between logged lines
     # preset
-    preset: str = "auto"  # values for what is not set: auto (fits device and data), none or a name
+    preset: str = "auto"  # sets what you did not: auto (fits device and data), none or a name
 
     def problems(self):
-        """What fits each field by itself, but not together."""
+        """Combinations of individually valid values that do not work together."""
         if self.preset not in (names := ("auto", "none", *GPT2_CONFIGS)):
             message = f"--preset {self.preset}: must be one of {', '.join(names)}"
             yield Problem(("preset",), message)
@@ -113,8 +113,8 @@ class GPT2Config:
             yield Problem(tuple(n for n in names if getattr(self, n) is not None), message)
 
 
-# A preset leaves alone what is derived from other fields or from the machine. "gpt2" has what the
-# others change: GPT2Config's own default, so that a field edited above is recognised.
+# Presets never set derived fields (min_lr, warmup_iters, dtype ...). "gpt2" repeats the default of
+# every field that another preset changes, so that edited_fields finds the defaults edited above.
 GPT2_CONFIGS = {
     "gpt2": {
         "block_size": 1024,
@@ -190,9 +190,9 @@ GPT2_CONFIGS = {
         "log_interval": 1,
     },
 }
-# the network: what a checkpoint's weights mean depends on these
+# the architecture: a run only resumes with the same values
 MODEL_FIELDS = ("block_size", "n_layer", "n_head", "n_embd", "bias", "position", "gelu")
-STEP_FIELDS = (  # what a step does; a run may go on with others
+STEP_FIELDS = (  # training settings that may change on resume (the change is logged)
     "dropout batch_size gradient_accumulation_steps max_iters learning_rate min_lr lr_schedule "
     "warmup_iters lr_decay_iters weight_decay beta1 beta2 grad_clip dtype seed"
 ).split()
@@ -216,7 +216,7 @@ def to_dict(config: GPT2Config) -> dict:
 def differences(old: dict, config: GPT2Config, names=MODEL_FIELDS) -> list[str]:
     """A line for each named field in which a checkpoint's config differs from this one.
 
-    A field that the checkpoint's version did not have yet counts as what ships.
+    Fields missing from an old checkpoint count as their shipped defaults.
     """
     old = asdict(GPT2Config()) | GPT2_CONFIGS["gpt2"] | old
     return [
@@ -241,10 +241,8 @@ def apply_preset(config: GPT2Config, values: dict, keep: set[str]) -> GPT2Config
 
 
 def auto_preset(device_type, train_tokens, val_tokens, vocab_size, processes=1) -> tuple[str, dict]:
-    """The preset for a device and a size of text: its name, and its values fitted to the text and
-    to the number of processes that share a step.
-
-    A small text that is read more than some ten times (some forty with dropout) is memorized.
+    """The preset for a device and text: its name, and its values fitted to both and to processes. A
+    small text starts to overfit after about ten epochs (about forty with dropout).
     """
     if device_type == "cuda" and train_tokens >= 20_000_000:
         return "gpt2", _shared(GPT2_CONFIGS["gpt2"], processes)
@@ -258,7 +256,7 @@ def auto_preset(device_type, train_tokens, val_tokens, vocab_size, processes=1) 
     max_iters = min(values["max_iters"], steps)
     values |= {"block_size": block_size, "batch_size": batch_size, "max_iters": max_iters}
     values = _shared(values | {"eval_interval": math.ceil(max_iters / 8)}, processes)
-    if "eval_iters" in values:  # as many windows, whatever the batch
+    if "eval_iters" in values:  # the same number of windows for any batch size
         windows = values["eval_iters"] * GPT2_CONFIGS[name]["batch_size"]
         values["eval_iters"] = math.ceil(windows / values["batch_size"])
     return name, values
@@ -267,8 +265,8 @@ def auto_preset(device_type, train_tokens, val_tokens, vocab_size, processes=1) 
 def finetune_preset(
     device_type, train_tokens, val_tokens, vocab_size, block_size, processes=1
 ) -> dict:
-    """The values of "finetune" for a text and a trained model's block_size: three times through
-    the text, and as many sequences in a step wherever it runs.
+    """The values of "finetune" for a text and a trained model's block_size: about three epochs (20
+    to 500 steps), with the same number of sequences per step on any device.
     """
     values = dict(GPT2_CONFIGS["finetune"])
     block_size = max(1, min(block_size, train_tokens - 1, val_tokens - 1))
@@ -283,7 +281,9 @@ def finetune_preset(
 
 
 def _shared(values, processes):
-    """values with as many micro-batches as the processes can share, of about the same step."""
+    """Scale accumulation up, and batch_size down, until the micro-batches divide evenly among the
+    processes; the sequences per step stay about the same.
+    """
     before = values["gradient_accumulation_steps"]
     after = math.lcm(before, processes)
     batch_size = max(1, values["batch_size"] * before // after)

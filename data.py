@@ -33,12 +33,12 @@ class Source(TypedDict):
 
     name: str
     bytes: int
-    sha256: str | None  # None if the hub does not tell
+    sha256: str | None  # None if unknown
 
 
 class Split(TypedDict):
     tokens: NonNegativeInt
-    bytes: NonNegativeInt | None  # of the text behind the tokens, in UTF-8; None: not known
+    bytes: NonNegativeInt | None  # of the text behind the tokens, in UTF-8; None if unknown
     sha256: str
 
 
@@ -58,7 +58,7 @@ class Meta(TypedDict):
 
 
 def read_meta(data_dir) -> Meta | None:
-    """The meta.json of a data set, None where there is no data set; ValueError if it is damaged."""
+    """The meta.json of a data set, None if there is no data set; ValueError if it is damaged."""
     path = Path(data_dir) / "meta.json"
     try:
         return read_json(path, Meta) if path.exists() else None
@@ -69,7 +69,7 @@ def read_meta(data_dir) -> Meta | None:
 class TokenDataset:
     """A prepared data set: `meta`, and `train` and `val` as memory-mapped ids (N,).
 
-    Raises FileNotFoundError where there is none, ValueError where a file does not match meta.json.
+    Raises FileNotFoundError if there is none, ValueError if a file does not match meta.json.
     """
 
     def __init__(self, data_dir):
@@ -90,7 +90,7 @@ class TokenDataset:
 
     @property
     def hash(self) -> str:
-        """sha256 over both splits and the tokenizer; what a checkpoint remembers of its data."""
+        """sha256 over both splits and the tokenizer; identifies the data in a checkpoint."""
         splits = self.meta["splits"]
         parts = (splits["train"], splits["val"], self.meta["tokenizer"])
         return hashlib.sha256(":".join(part["sha256"] for part in parts).encode()).hexdigest()
@@ -117,7 +117,7 @@ class TokenDataset:
 
 
 class TokenError(ValueError):
-    """An id outside of the vocabulary; ranks read different data, so each reports its own."""
+    """An id outside the vocabulary; ranks read different data, so each prints its own error."""
 
     rank_local = True
 
@@ -139,11 +139,10 @@ def windows_at(tokens, starts, block_size, vocab_size=None):
 
 
 class Permutation:
-    """A seeded permutation of range(n) in O(sqrt(n)) memory.
-
-    The numbers are laid out in rows and columns; each round rotates every column by a random
+    """Shuffles windows without storing the shuffle: a seeded permutation of range(n) in O(sqrt(n))
+    memory. Numbers are laid out in rows and columns; each round rotates every column by a random
     amount, then every row: an unbalanced Feistel network (Luby and Rackoff 1988). The last row may
-    reach beyond n: whatever lands there is permuted again (cycle walking, Black and Rogaway 2002).
+    reach beyond n: what lands there is permuted again (cycle walking, Black and Rogaway 2002).
     """
 
     def __init__(self, n: int, generator: np.random.Generator, rounds: int = 4):
@@ -155,7 +154,7 @@ class Permutation:
         ]
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
-        """Where the numbers index (N,) go, (N,)."""
+        """Map indices (N,) to their shuffled positions (N,)."""
         row, column = np.divmod(index, self.columns)
         for of_column, of_row in self.rotations:
             row = (row + of_column[column]) % self.rows
@@ -200,11 +199,11 @@ class BatchSampler:
         self.max_offset = min(slack, block_size - 1)
 
     def global_micro_step(self, micro_step: int) -> int:
-        """This process's micro_step, counted over all processes."""
+        """This process's micro_step as an index over all processes."""
         return micro_step * self.world_size + self.rank
 
     def starts(self, step: int, micro_step: int = 0) -> list[int]:
-        """Where in the split the windows of one micro-batch of this process begin."""
+        """Positions in the split where the windows of this process's micro-batch begin."""
         position = step * self.accumulation + self.global_micro_step(micro_step)
         indices = position * self.batch_size + np.arange(self.batch_size)
         epochs, windows = np.divmod(indices, self.windows_per_epoch)
@@ -222,7 +221,7 @@ class BatchSampler:
 
 @functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
 def epoch_order(seed: int, epoch: int, windows: int, max_offset: int) -> tuple[int, Permutation]:
-    """Where the windows of an epoch begin in the split, and their order."""
+    """The epoch's offset into the split, and the order of its windows."""
     generator = np.random.default_rng([seed, epoch])
     return int(generator.integers(max_offset + 1)), Permutation(windows, generator)
 

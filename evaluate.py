@@ -64,10 +64,10 @@ def score(model, rows, batch_size: int, total: int | None = None) -> list[Score]
 
 
 def score_batch(model, rows) -> torch.Tensor:
-    """Nats of each row, and 1 where it is greedy: (B, 2), on the model's device, not waited for."""
+    """Nats of each row, and 1 if it is greedy: (B, 2), on the model's device, not waited for."""
     padded = np.zeros((len(rows), max(len(ids) for ids, _ in rows)), np.int64)
     for row, (ids, _) in enumerate(rows):
-        padded[row, : len(ids)] = ids  # padded on the right, where no scored token looks
+        padded[row, : len(ids)] = ids  # padded on the right, where no scored token attends
     idx = to_device(torch.from_numpy(padded), model.lm_head.weight.device)  # (B, T + 1)
     hidden = model.hidden(idx[:, :-1])  # (B, T, C)
     scores = []
@@ -103,7 +103,7 @@ def window_length(flag: str, wanted: int | None, config) -> int:
 def evaluate_split(model, tokenizer, options) -> dict:
     """Loss, perplexity and bits per byte of one split of a data set, over all whole windows.
 
-    Bits per byte compare across tokenizers; None where the length of the text is unknown.
+    Bits per byte compare across tokenizers; None if the length of the text is unknown.
     """
     block_size = window_length("block_size", options.block_size, model.config)
     dataset = find_dataset(options.data_dir, options.checkpoint, model, tokenizer)

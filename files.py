@@ -33,7 +33,7 @@ class WriteError(OSError):
 
 @contextlib.contextmanager
 def atomic_write(path, mode: str = "wb", keep=None):
-    """A file to write to, beside path, that takes path's place when all of it is on disk: fsync,
+    """A file to write to, next to path, that replaces path when all of it is on disk: fsync,
     rename, fsync of the folder. Mode "w" is UTF-8 with \\n at line ends.
 
     keep: a second path, under which the file that is replaced stays. Raises WriteError.
@@ -47,8 +47,8 @@ def atomic_write(path, mode: str = "wb", keep=None):
 
 @contextlib.contextmanager
 def atomic_folder(path):
-    """A new folder to fill, beside path, that takes path's place when all of it is on disk. What
-    is at path can only be an empty folder. Raises WriteError.
+    """A new folder to fill, next to path, that replaces path when all of it is on disk. Only an
+    empty folder may be at path before. Raises WriteError.
     """
     with _beside(Path(path)) as aside:
         aside.mkdir()
@@ -59,7 +59,7 @@ def atomic_folder(path):
 
 @contextlib.contextmanager
 def _beside(path, keep=None):
-    """A free name beside path; what is there at the end is synced and renamed to path."""
+    """A free name next to path; what is there at the end is synced and renamed to path."""
     aside = path.with_name(f".{path.name}.tmp")
     try:
         with writing(path):
@@ -109,7 +109,7 @@ def writing(path):
 
 
 def fsync_folder(folder):
-    """Make a rename survive a power cut, where the operating system can (Windows cannot)."""
+    """Make a rename survive a power cut, if the operating system can (Windows cannot)."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -173,7 +173,7 @@ _adapter = functools.cache(TypeAdapter)  # slow to make
 @contextlib.contextmanager
 def lock(folder):
     """Hold folder for this process, and remove what killed writes left in it; ValueError naming the
-    holder while another one has it.
+    holder while another process has it.
 
     The operating system frees the lock when its holder dies, however it dies.
     """

@@ -25,7 +25,7 @@ from sampling import Sampling, generate_texts, pack_linears, stream_text
 from sampling import sample_text as sample_text  # for notebooks: from generate import sample_text
 from utils import is_out_of_memory
 
-SEPARATOR = "---\n"  # between texts, where there are several
+SEPARATOR = "---\n"  # between several texts
 BATCH_SIZE = 16  # texts at a time
 
 
@@ -38,7 +38,7 @@ class Options(Sampling, ModelOptions):
     output: str | None = None  # write the texts here, not to stdout
 
     def problems(self):
-        """Flags that exclude each other."""
+        """Mutually exclusive flags."""
         sources = [n for n in ("prompt", "interactive", "prompts_file") if getattr(self, n)]
         for first, second in pairwise(sources):
             yield Problem((first, second), f"--{second}: not allowed with --{first}")
@@ -54,7 +54,7 @@ USAGE = "generate.py --prompt TEXT | --interactive | --prompts_file FILE [flags]
 
 def main(argv=None) -> int:
     options = parse_args(Options, argv, __doc__, USAGE)
-    for stream in (sys.stdin, sys.stdout):  # whatever the system's own encoding may be
+    for stream in (sys.stdin, sys.stdout):  # regardless of the locale
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     prompts = read_prompts(options)
@@ -82,7 +82,7 @@ def read_prompts(options) -> list[str]:
     path = options.prompts_file
     if path is None:
         return [options.prompt]
-    lines = io.StringIO(read_text(path), newline=None)  # whatever ends its lines
+    lines = io.StringIO(read_text(path), newline=None)  # any line endings
     prompts = [line.rstrip("\n") for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts_file {path}: holds no prompt; it needs one a line")
@@ -90,7 +90,7 @@ def read_prompts(options) -> list[str]:
 
 
 def describe(sampling) -> str:
-    """The settings in force, on one line; those that are off only where they were changed."""
+    """The settings in force, on one line; those that are off by default only if changed."""
     named = []
     for field in fields(Sampling):
         value = getattr(sampling, field.name)
@@ -106,7 +106,7 @@ def shown(value) -> str:
 
 
 def show_texts(model, tokenizer, prompts, sampling):
-    """One text token by token as it comes, several one after the other."""
+    """Stream a single text; print several one after another."""
     if len(prompts) * sampling.num_samples == 1:
         for number, [piece] in enumerate(stream_text(model, tokenizer, prompts, sampling)):
             show(piece, "" if number else "bold")
@@ -133,11 +133,11 @@ def batch_generate(
     dtype=None,
     **settings,
 ) -> list[str]:
-    """Continue many prompts, batch_size at a time; write the texts to output_file if it is given.
+    """Continue many prompts, batch_size at a time; write the texts to output_file if given.
 
     settings: fields of Sampling. Returns the texts, prompt and continuation, num_samples a prompt,
-    in the order of the prompts: each the text that its prompt would get alone. Raises ValueError
-    for settings out of range, CheckpointError, WriteError.
+    in the order of the prompts, each the same as if generated alone. Raises ValueError for settings
+    out of range, CheckpointError, WriteError.
     """
     sampling = Sampling(**settings)
     validate(sampling)
@@ -174,9 +174,9 @@ same line twice gives two texts. Ctrl-C ends a text.
 
 
 def interact(model, tokenizer, sampling):
-    """Continue every line of stdin until its end; Ctrl-C ends a text, between texts it leaves."""
+    """Continue every line of stdin until its end; Ctrl-C ends a text, at the prompt it quits."""
     log_row("how", "type a line, the model continues it; /help for more, Ctrl-D leaves")
-    with contextlib.suppress(ImportError):  # Windows has none
+    with contextlib.suppress(ImportError):  # not available on Windows
         import readline  # noqa: F401  (input() then edits the line and knows the earlier ones)
     while (line := read_line()) is not None and line.strip() != "/quit":
         try:
@@ -192,7 +192,7 @@ def interact(model, tokenizer, sampling):
 
 
 def read_line() -> str | None:
-    """The next line of input, None at its end. A prompt is shown to a person only."""
+    """The next line of input, None at its end. Shows "> " only on a terminal."""
     if sys.stdin is None:  # closed by the caller
         return None
     person = sys.stdin.isatty()
@@ -209,7 +209,7 @@ def read_line() -> str | None:
 
 
 def command(line: str, sampling: Sampling) -> Sampling:
-    """Run a /command; returns the settings to go on with."""
+    """Run a /command; returns the settings that apply from then on."""
     word, _, rest = line.strip().partition(" ")
     comments = {name: comment for name, (_, comment) in describe_fields(Sampling).items()}
     if word == "/set":

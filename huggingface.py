@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import files
-from config import GPT2_CONFIGS, GPT2Config, dtype_name
+from config import GPT2_CONFIGS, MODEL_FIELDS, GPT2Config, dtype_name
 from logger import log_row
 from options import problems
 from tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, GPT2Tokenizer
@@ -177,6 +177,7 @@ def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer) -> list
     ends = {key: fields[key] for key in ("bos_token_id", "eos_token_id")}
     written = {"config.json": fields, "generation_config.json": ends}
     if tokenizer is not None:
+        written["tokenizer.json"] = tokenizer_to_hf(tokenizer)
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -184,7 +185,6 @@ def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer) -> list
         }
         if tokenizer.eot_id is not None:
             settings |= {"bos_token": tokenizer.eot, "eos_token": tokenizer.eot}
-        written["tokenizer.json"] = tokenizer_to_hf(tokenizer)
         written["tokenizer_config.json"] = settings
     with files.atomic_folder(folder) as aside:
         try:
@@ -200,8 +200,9 @@ def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer) -> list
 
 def config_to_hf(config: GPT2Config, tokenizer, dtype) -> dict:
     """config.json; ValueError for a model that transformers' GPT-2 cannot be."""
-    if config.position != "learned":
-        raise ValueError(f"position {config.position!r}: transformers' GPT-2 has learned ones only")
+    for name in set(MODEL_FIELDS) - {*SIZES, "bias", "gelu"}:
+        if (value := getattr(config, name)) != getattr(GPT2Config, name):
+            raise ValueError(f"{name} {value!r}: transformers' GPT-2 has no such setting")
     eot_id = None if tokenizer is None else tokenizer.eot_id
     fields = ALIKE | {theirs[0]: getattr(config, ours) for ours, theirs in SIZES.items()}
     fields["n_ctx"] = config.block_size  # an older name, which llama.cpp's converter reads
@@ -234,6 +235,8 @@ def tokenizer_to_hf(tokenizer) -> dict:
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
         split["invert"] = False
         decoder = {"type": "Fuse"}
+    elif not isinstance(tokenizer, BPETokenizer):
+        raise ValueError(f"a {tokenizer.kind} tokenizer has no counterpart in transformers")
     else:
         special = tokenizer.special
         ids = tokenizer.id_of | special

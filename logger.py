@@ -24,7 +24,7 @@ from rich.text import Text
 from files import atomic_write, writing
 
 LABEL = 11  # columns of the label before a text
-LINE_SECONDS = 30  # between two lines of progress where there is no terminal
+LINE_SECONDS = 30  # between two lines of progress without a terminal
 CONTROLS = {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
 ESCAPES = {code: f"\\x{code:02x}" for code in CONTROLS}
 
@@ -40,7 +40,7 @@ class _Console(Console):
     def is_terminal(self):  # whatever FORCE_COLOR says: a file gets no escape codes
         return self.file.isatty()
 
-    def on_broken_pipe(self):  # rich would end the program; its work goes on, unheard
+    def on_broken_pipe(self):  # rich would end the program; its work continues, unheard
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
@@ -48,7 +48,7 @@ stdout, stderr = _Console(), _Console(stderr=True)
 
 
 def rank() -> int:
-    """Which of the processes that torchrun started this is; 0 where there is one alone."""
+    """Which of the processes that torchrun started this is; 0 if there is only one."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -133,7 +133,7 @@ def quoted(*words) -> str:
 
 
 def program(name: str | None = None) -> str:
-    """What to type for this Python, or for a program that was installed beside it."""
+    """What to type for this Python, or for a program that was installed next to it."""
     path = Path(sys.executable) if name is None else Path(sys.executable).with_name(name)
     if shutil.which(path.name) == str(path) or not path.exists():
         return path.name.removesuffix(".exe")
@@ -157,7 +157,7 @@ def human_time(seconds: float) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """exp of a loss in nats; infinite where it overflows."""
+    """exp of a loss in nats; infinite if it overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -248,7 +248,7 @@ def _exit_code(error):
 
 
 def _show_error(error, code):
-    """Of several processes rank 0 says what all have met; what is `rank_local`, the one it met."""
+    """Rank 0 reports errors that all processes share; each rank reports its `rank_local` ones."""
     label = "" if code > 128 else "error: "  # being interrupted is no error
     if world_size() > 1 and (code in (1, 4) or getattr(error, "rank_local", False)):
         label = f"process {rank()}: {label}"
@@ -286,7 +286,7 @@ NOT_COMPARED = {
 
 def open_run(log_dir, name: str | None, step: int) -> tuple[str, list[dict]]:
     """The name of a run's folder (None: a new, dated one) and what it has logged up to step: the
-    steps after that will be made again.
+    steps after that will be repeated.
     """
     folder = Path(log_dir) / (name or time.strftime("%Y-%m-%d_%H-%M-%S"))
     with writing(folder):
@@ -385,7 +385,7 @@ class RunLog:
             self.writer.flush()
 
     def val_losses(self) -> list[float]:
-        """Of all evaluations so far; infinite where one was not finite."""
+        """Those of all evaluations so far; infinite if one was not finite."""
         losses = [record["val_loss"] for record in self.records if "val_loss" in record]
         return [math.inf if loss is None else loss for loss in losses]
 

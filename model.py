@@ -1,7 +1,7 @@
 """GPT-2: the network and its key-value cache.
 
-Shapes: B batch, T new tokens, S tokens that attention looks at, C channels (n_embd), H heads,
-D channels of a head, V vocabulary, L layers.
+Shapes: B batch, T new tokens, S keys attended to, C channels (n_embd), H heads, D channels of a
+head, V vocabulary, L layers.
 
     from config import GPT2Config
     from model import GPT2
@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from config import GPT2Config
 
-MAX_SCORES = 2**23  # plain attention keeps 6 bytes of each for the backward pass
+MAX_SCORES = 2**23  # plain attention stores about 6 bytes per score for backward
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention: each token looks at itself and at tokens before it."""
+    """Causal multi-head attention: each token attends to itself and earlier tokens."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -44,8 +44,8 @@ class CausalSelfAttention(nn.Module):
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
-    """Scaled dot-product attention (B, H, T, D). A CPU's fused kernel saves memory, not time: in
-    bf16 plain products take half of it, as long as the scores (B, H, T, S) are few.
+    """Scaled dot-product attention (B, H, T, D). In bf16 on a CPU the fused kernel saves memory but
+    takes twice as long as plain matmuls, so those serve T > 1 if the scores (B, H, T, S) are few.
     """
     T, few_scores = q.shape[2], q[..., 0].numel() * k.shape[2] <= MAX_SCORES
     if q.device.type == "cpu" and q.dtype == k.dtype == torch.bfloat16 and T > 1 and few_scores:
@@ -58,7 +58,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
 
 
 def plain_attention(q, k, v, mask=None, dropout=0.0):
-    """attention by its formula (Vaswani et al. 2017), with scores in float32 at least."""
+    """Attention written out (Vaswani et al. 2017), with scores in at least float32."""
     (T, D), S = q.shape[2:], k.shape[2]
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -73,20 +73,20 @@ def plain_attention(q, k, v, mask=None, dropout=0.0):
 
 
 def attention_mask(config, positions, S):
-    """Which of the first S tokens those at positions (B or 1, T) attend to, bool (B or 1, 1, T, S);
-    for ALiBi what is added to their scores (B or 1, H, T, S).
+    """Bool mask (B or 1, 1, T, S), True where a token at positions (B or 1, T) may attend; with
+    ALiBi a bias (B or 1, H, T, S) to add to the scores.
     """
     distance = positions[:, None, :, None] - torch.arange(S, device=positions.device)
     return alibi_bias(distance, config.n_head) if config.position == "alibi" else distance >= 0
 
 
 def alibi_bias(distance, n_head):
-    """ALiBi (Press et al. 2022): a token counts less the farther back it is, and not at all when it
-    is ahead; distance (B or 1, 1, T, S).
+    """ALiBi (Press et al. 2022): a penalty linear in the distance (B or 1, 1, T, S); later tokens,
+    at a negative distance, get -inf.
     """
     power = 2 ** math.floor(math.log2(n_head))
     head = torch.arange(n_head, device=distance.device)
-    # 2^(-8/n), 2^(-16/n) ... for n a power of two; else every second of those for twice as many
+    # slopes 2^(-8/n), 2^(-16/n) ... for n a power of two; further heads: every second one for 2n
     exponent = torch.where(head < power, 8 * (head + 1), 4 * (2 * (head - power) + 1)) / power
     bias = -(2.0**-exponent)[:, None, None] * distance  # (B or 1, H, T, S)
     return bias.masked_fill(distance < 0, -math.inf)
@@ -94,7 +94,7 @@ def alibi_bias(distance, n_head):
 
 def rotary_cos_sin(positions, head_size, dtype):
     """RoPE (Su et al. 2021) at positions (B or 1, T): cosines and signed sines, (B or 1, 1, T, D),
-    in float32 at least: bf16 has 8 bits for a position.
+    in at least float32: bf16 has only 8 bits of precision, too few for positions.
     """
     dtype = torch.promote_types(dtype, torch.float32)
     channels = torch.arange(0, head_size, 2, device=positions.device, dtype=dtype)
@@ -104,8 +104,8 @@ def rotary_cos_sin(positions, head_size, dtype):
 
 
 def apply_rotary(x, cos, sin):
-    """x (.., T, D) with channels i and i + D/2 rotated by an angle that grows with the position, so
-    that the product of a query and a key depends on their distance alone.
+    """Rotate channel pairs (i, i + D/2) of x (.., T, D) by a position-dependent angle, so that q.k
+    depends only on the relative position.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
@@ -145,7 +145,7 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019) under the published weights' parameter names.
 
-    With position "rope" or "alibi" there is no table of positions, and no end to the context.
+    With position "rope" or "alibi" there is no position table and no maximum length.
     """
 
     def __init__(self, config: GPT2Config):
@@ -163,7 +163,7 @@ class GPT2(nn.Module):
         self._init_weights()
 
     def _init_weights(self):
-        """N(0, 0.02); smaller for the two projections of a block into the residual stream."""
+        """N(0, 0.02), scaled by 1/sqrt(2 n_layer) for the residual projections (c_proj)."""
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -175,9 +175,9 @@ class GPT2(nn.Module):
     def forward(self, idx, targets=None, cache=None, last=None):
         """Logits (B, T, V) and the loss (see cross_entropy), None without targets.
 
-        idx and targets are int64 (B, T). With a cache, idx are the tokens that follow those in it.
+        idx and targets are int64 (B, T). With a cache, idx continues the cached tokens.
         last, int64 (B,), asks for the logits at one position of each row: (B, 1, V).
-        Raises ValueError where T > block_size, positions are learned and there is no cache.
+        Raises ValueError if T > block_size, positions are learned and there is no cache.
         """
         x = self.hidden(idx, cache)
         if last is not None:
@@ -186,7 +186,7 @@ class GPT2(nn.Module):
         return logits, None if targets is None else cross_entropy(logits, targets)
 
     def hidden(self, idx, cache=None):
-        """What the head multiplies: (B, T, C) after the last layer norm."""
+        """Final hidden states (B, T, C), after the last layer norm and before lm_head."""
         config, T, limit = self.config, idx.shape[1], context_limit(self.config)
         mask = rotary = None
         if cache is not None:
@@ -212,7 +212,7 @@ class GPT2(nn.Module):
         return self.transformer.ln_f(x)
 
     def num_params(self) -> int:
-        """How many numbers are learned; the tied head counts once."""
+        """Number of parameters; the tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> float:
@@ -229,7 +229,7 @@ class GPT2(nn.Module):
 def cross_entropy(logits, targets):
     """Mean cross-entropy in nats, in at least float32; targets of -1 do not count.
 
-    logits (B, T, V), targets int64 (B, T). Compiled kernels need no CrossEntropy.
+    logits (B, T, V), targets int64 (B, T). Under torch.compile the plain version is fused anyway.
     """
     logits, targets = logits.flatten(0, 1), targets.flatten()  # (N, V), (N,), N = B * T
     if torch.compiler.is_compiling():
@@ -239,8 +239,8 @@ def cross_entropy(logits, targets):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The same, some rows at a time: beside the logits there is only their gradient, in their own
-    dtype, where the whole table at once would take three more in float32.
+    """The same, in chunks of rows: it needs one extra tensor, in the logits' dtype, instead of
+    three in float32.
     """
 
     @staticmethod
@@ -256,7 +256,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        """The derivative by a logit: its probability, less 1 for the target's."""
+        """d loss / d logits = (softmax - one_hot(target)) / number of targets."""
         logits, targets = ctx.saved_tensors
         counts, out = targets != -1, torch.empty_like(logits)
         scales = (grad / counts.sum()).where(counts, 0)[:, None]  # (N, 1)
@@ -269,7 +269,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def chunks(logits, *others):
-    """Some rows of each at a time: so many logits as a CPU's cache holds, on a GPU more."""
+    """Split all tensors into row chunks sized to fit a CPU's cache (larger on a GPU)."""
     rows = max(1, 2 ** (20 if logits.device.type == "cpu" else 24) // logits.shape[1])
     return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
 
@@ -278,15 +278,15 @@ def chunks(logits, *others):
 
 
 def context_limit(config: GPT2Config) -> int | None:
-    """How many tokens the model can look at; None: all, however many."""
+    """How many tokens the model can attend to; None: unlimited."""
     return config.block_size if config.position == "learned" else None
 
 
 def context_start(length: int, limit: int | None) -> int:
-    """First of `length` tokens that the model still sees when it predicts the next one.
-
-    Beyond the limit only the last limit // 2 are kept, and the context grows from there until it is
-    full again: filling a cache anew at every token would cost as much as having none.
+    """First of `length` tokens that the model still sees when it predicts the next one. Beyond the
+    limit it keeps the last limit // 2 and grows until full: sliding by one token would mean
+    recomputing the whole cache for every token. With limit 8: start 0 up to length 8, 5 at length 9
+    (keeps 4), then unchanged until 8 are seen.
     """
     if limit is None or length <= limit:
         return 0
@@ -297,24 +297,24 @@ def context_start(length: int, limit: int | None) -> int:
 class KVCache:
     """Keys and values of the tokens that each row has seen; GPT2.forward fills it.
 
-    What lies behind a row's length is never looked at and is overwritten: after prompts of unequal
-    length, padded on the right, call set_lengths. Rows of different lengths are masked; on a GPU no
-    shape then depends on the lengths, as a CUDA graph needs.
+    Entries past a row's length are ignored and later overwritten. After prefilling right-padded
+    prompts of unequal length, call set_lengths. Rows of different lengths are masked; on a GPU no
+    shape then depends on the lengths, as a CUDA graph requires.
     """
 
     def __init__(self, config: GPT2Config, batch_size: int, capacity: int, device=None, dtype=None):
         B, H, D = batch_size, config.n_head, config.n_embd // config.n_head
         self.kv = torch.zeros(config.n_layer, 2, B, H, capacity, D, device=device, dtype=dtype)
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
-        self.common_length = 0  # of all rows, known on the host; None: they may differ
+        self.common_length = 0  # all rows' length, None if they may differ; a Python int: no sync
 
     def set_lengths(self, lengths: list[int]):
         self.lengths.copy_(torch.tensor(lengths))
         self.common_length = lengths[0] if len(set(lengths)) == 1 else None
 
     def advance(self, T: int):
-        """Make each row T tokens longer. Their positions (B or 1, T); S, how far attention looks;
-        and whether kernels can do without a mask: they are causal where S = T or T = 1.
+        """Reserve T more positions per row. Returns the positions (B or 1, T), the number S of keys
+        to attend to, and whether no mask is needed (S == T, or T == 1 with equal lengths).
         """
         start, device = self.common_length, self.kv.device
         B, H, capacity = self.kv.shape[2:5]
@@ -333,9 +333,9 @@ class KVCache:
         return positions, S, start == 0 or (start is not None and T == 1)
 
     def update(self, layer: int, k, v):
-        """Store a layer's new keys and values (B, H, T, D); all to look at, (B, H, S, D) each."""
+        """Store a layer's new K and V (B, H, T, D); return all K and V so far, (B, H, S, D)."""
         keys, values = self.kv[layer]  # (B, H, capacity, D) each
         if self.common_length is None:
-            k, v = k.to(keys.dtype), v.to(keys.dtype)  # a slice casts by itself, an index does not
+            k, v = k.to(keys.dtype), v.to(keys.dtype)  # slice assignment casts, indexed does not
         keys[self.places], values[self.places] = k.detach(), v.detach()
         return (k, v) if self.S == k.shape[2] else (keys[:, :, : self.S], values[:, :, : self.S])

@@ -6,7 +6,7 @@ import torch
 
 from config import LR_SCHEDULES, GPT2Config
 
-# numbers that are orthogonalized in one batch: a CPU gains nothing from more than its caches hold
+# max elements orthogonalized per batch; beyond its cache a CPU gains nothing
 ORTHOGONALIZE_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 
 
@@ -24,9 +24,9 @@ def learning_rate(step: int, config: GPT2Config) -> float:
 
 
 def parameter_groups(model, config: GPT2Config) -> list[dict]:
-    """Groups that hold every parameter once: matrices decay, vectors (biases, norms) do not.
+    """Every parameter in one of the groups; weight decay on matrices only, not on biases and norms.
 
-    With optimizer "muon" the matrices of the blocks are a group of their own.
+    With optimizer "muon" the matrices of the blocks form a separate group.
     """
     matrices, vectors, muon = [], [], []
     for name, p in model.named_parameters():
@@ -45,7 +45,7 @@ def parameter_groups(model, config: GPT2Config) -> list[dict]:
 
 
 def make_optimizer(model, config: GPT2Config) -> torch.optim.AdamW:
-    """AdamW, fused where it can be, or Muon with such an AdamW for what is not a block's matrix."""
+    """AdamW (fused if available), or Muon for block matrices with AdamW for the rest."""
     device = next(model.parameters()).device
     settings = {
         "lr": config.learning_rate,
@@ -62,9 +62,9 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups marked `muon` are updated with orthogonalized momentum instead.
 
     Muon (Jordan 2024) with the update scaled to AdamW's usual size, 0.2 * sqrt(longer side) (Liu et
-    al. 2025), so that one learning rate serves both, as beta1 does for the momentum. Matrices of
-    one shape are orthogonalized together; the three that c_attn stacks are taken apart first. A
-    matrix that fsdp has sharded is gathered for it, on every rank.
+    al. 2025), so that one learning rate serves both; beta1 is its momentum. Matrices of equal shape
+    are orthogonalized together; c_attn is split into Q, K and V first. FSDP shards are gathered on
+    every rank.
     """
 
     def __init__(self, params, orthogonalize_dtype=None, **settings):
@@ -92,10 +92,10 @@ class Muon(torch.optim.AdamW):
         for p in params:
             state, grad = self.state[p], p.grad
             if not state:
-                state["step"] = torch.zeros((), device=p.device)  # as AdamW's state has it
+                state["step"] = torch.zeros((), device=p.device)  # AdamW.__setstate__ requires it
                 state["momentum_buffer"] = torch.zeros_like(p)
             momentum = state["momentum_buffer"]
-            if found_inf is not None:  # the average then stays as it is
+            if found_inf is not None:  # keeps the momentum unchanged on overflow
                 grad = torch.where(found_inf > 0, momentum, grad)
             momentum.lerp_(grad, 1 - beta)
             updates.append(full_tensor(grad.lerp(momentum, beta)))  # Nesterov
@@ -108,7 +108,7 @@ class Muon(torch.optim.AdamW):
         torch._foreach_add_(params, updates)
 
     def _orthogonalize(self, updates):
-        """In place, matrices of one shape together."""
+        """Orthogonalize in place, batching matrices of equal shape."""
         by_shape = {}
         for part in (part for update in updates for part in _square_parts(update)):
             by_shape.setdefault(part.shape, []).append(part)
@@ -122,13 +122,13 @@ class Muon(torch.optim.AdamW):
 
 
 def _square_parts(matrix):
-    """c_attn's (3C, C) as its query, key and value matrices; any other matrix as it is. Views."""
+    """Views of c_attn's (3C, C) as its Q, K and V matrices; any other matrix as it is."""
     rows, columns = matrix.shape
     return matrix.view(3, columns, columns).unbind() if rows == 3 * columns else (matrix,)
 
 
 def orthogonalize(matrices, dtype=None, steps: int = 5):
-    """The nearest (semi-)orthogonal matrix of each of (N, rows, columns), roughly.
+    """Approximate nearest semi-orthogonal matrix to each of (N, rows, columns).
 
     Newton-Schulz with the quintic of Jordan 2024: singular values end between 0.7 and 1.2.
     """
@@ -144,12 +144,12 @@ def orthogonalize(matrices, dtype=None, steps: int = 5):
 
 
 def full_tensor(tensor):
-    """tensor itself, or what fsdp has sharded gathered on every rank."""
+    """The full tensor: gathered if FSDP sharded it, else unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_like(p, tensor):
-    """tensor, which every rank has in full, sharded as the parameter p is."""
+    """Shard a replicated tensor like parameter p."""
     if not hasattr(p, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # takes a second to import

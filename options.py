@@ -69,7 +69,7 @@ def problems(options) -> list[Problem]:
 
 
 def typed(cls, values: dict, strict: bool = False) -> tuple[dict, list[Problem]]:
-    """The values of cls's fields in their proper types, and a problem for each that has none.
+    """The values of cls's fields in their proper types, and a problem for each that does not fit.
 
     Values are texts from the command line; where strict, what Python or JSON made of them.
     """

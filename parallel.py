@@ -1,6 +1,6 @@
 """Several processes: joining them, sharding or replicating the model, and what they exchange.
 
-Alone, every function here does what one process needs and no more.
+With one process, these are no-ops or local calls.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ class PeerError(Exception):
 
 @contextlib.contextmanager
 def process_group(device: torch.device, timeout: float = 600):
-    """Join the other processes that torchrun started, if any; PeerError naming the ranks that did
-    not answer within timeout seconds, or died.
+    """Join the other processes that torchrun started, if any; PeerError, with the ranks, if any
+    dies or does not respond within timeout seconds.
 
-    Tensors on a GPU travel through NCCL, those in host memory through gloo. Yields a gloo group for
-    agreeing on the host: it gives up earlier than NCCL, which ends the process without a word.
+    GPU tensors go through NCCL, host tensors through gloo. Yields a gloo group for agreeing on the
+    host: its timeout is shorter than NCCL's, whose timeout kills the process without an error.
     """
     if world_size() == 1 or dist.is_initialized():
         yield None
@@ -49,19 +49,18 @@ def process_group(device: torch.device, timeout: float = 600):
             device_id=device if cuda else None,
         )
         yield dist.new_group(backend="gloo", timeout=patience)
-    except RuntimeError as error:  # gloo has no class of its own
+    except RuntimeError as error:  # gloo raises plain RuntimeError
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise PeerError(f"{_missing_ranks(store)} of {world_size()} did not answer") from error
-    dist.destroy_process_group()  # not after an error: it might wait for the dead
+    dist.destroy_process_group()  # only after success: it could hang waiting for dead ranks
 
 
 def _store_of_this_start(store, timeout):
-    """A part of torchrun's store that only these processes use.
-
-    When torchrun restarts the workers, the store still has the addresses of the dead ones. So each
-    rank counts its starts, rank 0 publishes the counts, and the ones that all agree to name the
-    part.
+    """A prefix of torchrun's store for this set of starts. After a restart the store still holds
+    the dead workers' addresses. Each rank counts its starts, rank 0 publishes the vector of counts,
+    and the vector that all confirm becomes the prefix. (TORCHELASTIC_RESTART_COUNT is counted per
+    machine.)
     """
     starts, agreed = store.add(f"starts {rank()}", 1), None
     until = time.monotonic() + timeout
@@ -93,7 +92,7 @@ def _missing_ranks(store, seconds: float = 3) -> str:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """tensor, in place the sum of those of all ranks."""
+    """All-reduce (sum) in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -116,7 +115,7 @@ def broadcast_from_rank0(function):
     if rank() == 0:
         try:
             answer[0] = function()
-        except Exception as error:  # whatever it is, it is every rank's
+        except Exception as error:  # re-raised on every rank
             answer[1] = error
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
@@ -127,8 +126,8 @@ def broadcast_from_rank0(function):
 class StopSignals:
     """Remembers SIGINT or SIGTERM for the end of the step; a second one leaves at once.
 
-    After Ctrl-C torchrun passes on what its processes have had from the terminal: within two
-    seconds that is no second one.
+    On Ctrl-C torchrun forwards the signal that its workers already got from the terminal, so a
+    repeat within two seconds is ignored.
     """
 
     def __init__(self, group=None):
@@ -153,7 +152,7 @@ class StopSignals:
             os._exit(128 + signum)
 
     def received(self) -> int | None:
-        """The signal that any of the ranks has had."""
+        """A signal received by any rank, or None. Collective: every rank must call it."""
         if world_size() == 1:
             return self.signum
         signum = torch.tensor(self.signum or 0)
@@ -197,7 +196,7 @@ def gradient_sync(forward, last: bool):
 
 
 def compile_model(model):
-    """The compiled model; the plain one, with a warning, where any rank has no working compiler."""
+    """The compiled model; the plain one, with a warning, if any rank has no working compiler."""
     reason = None
     try:
         torch.compile(torch.exp)(torch.ones((), device=next(model.parameters()).device))
@@ -212,7 +211,7 @@ def compile_model(model):
 
 
 def check_alike(config: GPT2Config, data_hash: str):
-    """ValueError where the processes were started with unlike settings or see unlike data."""
+    """ValueError if the processes were started with different settings or see different data."""
     mine = to_dict(replace(config, device=None)) | {"data set": data_hash}
     for other, theirs in enumerate(all_gather([mine])):
         unlike = [name for name in mine if theirs[name] != mine[name]]
@@ -236,7 +235,7 @@ def full_state(model, optimizer) -> tuple[dict, dict]:
     weights = dcp.get_model_state_dict(model, options=options)
     if weights:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: one copy
-    if not optimizer.state:  # before the first step; asking for it would make some
+    if not optimizer.state:  # before the first step; querying it would initialize it
         return weights, {}
     found = dcp.get_optimizer_state_dict(model, optimizer, options=options)
     return weights, found.get("state", {})

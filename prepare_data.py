@@ -8,7 +8,7 @@
     python prepare_data.py --adopt nanoGPT/data/openwebtext      # its .bin files
 
 A source (sources.py) gives documents, each for a split. They are cut into pieces, encoded in
-threads and appended in order to data_dir/.unfinished, where the same command goes on after a kill.
+threads and appended in order to data_dir/.unfinished, where the same command resumes after a kill.
 """
 
 import json
@@ -99,7 +99,7 @@ class Options:
             (self.adopt and others, "--adopt DIR takes the data set in DIR, and no other flags"),
             (custom and not self.input, "--dataset custom needs --input FILE"),
             (self.input and not custom, f"--input is not for {dataset}; use --dataset custom"),
-            (name and dataset not in named, f"--name {name}: only for --dataset {named[0]}"),
+            (name and dataset not in named, f"--name {name}: only for {', '.join(named)}"),
             (not known, f"--tokenizer {kind}: neither {', '.join(KINDS)} nor a file"),
             (size and kind not in learning, f"--vocab_size {size}: only for {', '.join(learning)}"),
         ]
@@ -123,7 +123,7 @@ def encode(tokenizer, source, numbered):
 
 
 def make_tokenizer(options, given, source):
-    """The tokenizer that is asked for, trained on the text where it learns."""
+    """The tokenizer that is asked for, trained on the text if it learns."""
     kind, learns_from = KINDS.get(options.tokenizer), options.learns_from
     tokenizer = kind() if kind and learns_from is None else given  # first: it may not be had
     characters = set() if learns_from == "characters" else None
@@ -221,12 +221,12 @@ def write_json(path, value):
 
 
 def finish_moving(folder):
-    """Move a data set that is whole to its place; also where a kill has stopped this before."""
+    """Move a complete data set to its place; also if a kill interrupted this before."""
     if not (folder / "meta.json").exists():
         return
     with writing(folder.parent):
         for stale in (folder / "progress.json", folder.parent / "meta.json"):
-            stale.unlink(missing_ok=True)  # a half-replaced data set is none
+            stale.unlink(missing_ok=True)  # a half-replaced data set must not look complete
         for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
             if (folder / name).exists():
                 os.replace(folder / name, folder.parent / name)
@@ -240,8 +240,8 @@ def finish_moving(folder):
 def prepare(options) -> dict:
     """Prepare a data set, and return its meta; if it is there already, only that.
 
-    Raises ValueError for text that is empty or not UTF-8, and if data_dir holds another data set;
-    that one stays intact.
+    Raises ValueError for text that is empty or not UTF-8, and if data_dir holds a different data
+    set, which stays intact.
     """
     data_dir, folder = Path(options.data_dir), Path(options.data_dir) / UNFINISHED
     given = None if options.tokenizer in KINDS else load_tokenizer(options.tokenizer)
@@ -314,8 +314,8 @@ def _names(files):
 
 
 def unfinished(folder, files, settings, overwrite) -> Progress | None:
-    """The progress of a run that was stopped, None if there is none. One of something else is
-    dropped; ValueError if that costs hours of work and overwrite is not set.
+    """The progress of a run that was stopped, None if there is none. Progress on a different data
+    set is dropped; ValueError if that costs hours of work and overwrite is not set.
     """
     clean(folder, "**/*.incomplete")  # of a download that was killed
     if not (folder / "progress.json").exists():

@@ -3,7 +3,7 @@
     from sampling import sample_text
     print(sample_text(model, tokenizer, "To be", max_new_tokens=50, temperature=0.7))
 
-Shapes: B rows (a prompt or one of its samples each), T time, V vocabulary, K candidates.
+Shapes: B rows (one per (prompt, sample)), T time, V vocabulary, K candidates.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class Sampling:
 
 def sample(logits, uniform, sampling):
     """Token ids (B,) from logits (B, V) and a number in [0, 1) for each row (B,)."""
-    if sampling.temperature < 1e-6:  # 0, or so near it that float32 could not tell
+    if sampling.temperature < 1e-6:  # treat tiny temperatures as greedy
         return logits.argmax(dim=-1)
     p, ids = logits_to_probs(logits, sampling)  # (B, K) each
     return ids.gather(1, inverse_cdf(p, uniform)[:, None])[:, 0]  # (B,)
@@ -50,25 +50,24 @@ def logits_to_probs(logits, sampling):
     """Probabilities, descending, and the ids of their tokens: (B, K) each, from logits (B, V).
 
     top_p keeps the smallest set of most likely tokens whose probability reaches it (nucleus
-    sampling, Holtzman et al. 2020); what is left out gets 0, and the rest is not scaled up again.
+    sampling, Holtzman et al. 2020); the others get 0, and the rest is not renormalized.
     """
     if sampling.top_k is None or sampling.top_k >= logits.shape[-1]:
         logits, ids = logits.sort(dim=-1, descending=True, stable=True)
     else:
         logits, ids = logits.topk(sampling.top_k, dim=-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = logits - logits[:, :1]  # the largest is 0, so that no temperature overflows
+    logits = logits - logits[:, :1]  # shift so the max is 0: no overflow at low temperature
     p = torch.softmax(logits / sampling.temperature, dim=-1)  # (B, K)
-    if sampling.top_p is not None and sampling.top_p < 1:  # 1: rounding would leave out the last
-        before = p.cumsum(dim=-1) - p  # probability of all that is more likely
+    if sampling.top_p is not None and sampling.top_p < 1:  # at 1, rounding could drop the last
+        before = p.cumsum(dim=-1) - p  # cumulative probability of more likely tokens
         p = torch.where(before < sampling.top_p, p, 0)
     return p, ids
 
 
 def inverse_cdf(p, uniform):
-    """The column (B,) at which the running sum of p (B, K) passes uniform (B,) of its total.
-
-    One number decides, and the most likely come first: where none tie, CPU and GPU choose alike.
+    """Index (B,) where the cumulative sum of p (B, K) exceeds uniform (B,) * total. One uniform per
+    row over sorted probabilities: apart from ties, CPU and GPU pick the same token.
     """
     passed = p.cumsum(dim=-1)  # (B, K)
     target = uniform[:, None].to(p.dtype) * passed[:, -1:]  # (B, 1)
@@ -78,8 +77,8 @@ def inverse_cdf(p, uniform):
 def uniform_numbers(seed, samples, device):
     """Endlessly, a number in [0, 1) for each row: (B,).
 
-    They follow from the seed and the sample's number, not from the row in the batch, so that a
-    prompt gets the same text in any company, on any device.
+    They depend on the seed and the sample's number, not on the row in the batch, so that a prompt
+    gives the same text in any batch, on any device.
     """
     generators = [torch.Generator().manual_seed(derived_seed(seed, n)) for n in samples]
     while True:
@@ -92,11 +91,11 @@ def uniform_numbers(seed, samples, device):
 
 @torch.inference_mode()
 def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=True):
-    """Yield, token by token, each row's new id; None once the row has met eot_id.
+    """Yield, token by token, each row's new id; None once the row has produced eot_id.
 
-    prompts: B lists of ids, none empty, of any lengths; samples: the number of each row's sample.
+    prompts: B lists of ids, none empty, of any lengths; samples: each row's sample number.
     Ends after max_new_tokens, or when every row has ended. With or without the cache the text is
-    the same, also where it outgrows block_size (context_start says what the model then sees).
+    the same, even beyond block_size (context_start says what the model then sees).
     """
     tokens = [list(prompt) for prompt in prompts]
     limit, device = context_limit(model.config), next(model.parameters()).device
@@ -105,7 +104,7 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
     new = cache = decode = None
     for step in range(sampling.max_new_tokens):
         before, starts = starts, [context_start(len(row), limit) for row in tokens]
-        # rows whose context starts anew: at first all, then those that outgrow block_size
+        # rows whose context restarts: at first all, then those that outgrow block_size
         fresh = [row for row, start in enumerate(starts) if start != before[row] or not use_cache]
         windows = [tokens[row][starts[row] :] for row in fresh]
         if use_cache and step == 0:
@@ -145,7 +144,7 @@ def new_cache(model, rows, capacity):
 def prefill(model, windows, cache=None):
     """Logits (B, V) for the token after each of B windows, lists of ids; fills the cache with them.
 
-    Shorter windows are padded on the right, where no earlier token looks.
+    Shorter windows are padded on the right, where causal attention never reaches.
     """
     device, lengths = next(model.parameters()).device, [len(window) for window in windows]
     padded = [window + [0] * (max(lengths) - len(window)) for window in windows]
@@ -159,8 +158,8 @@ def prefill(model, windows, cache=None):
 
 
 def refill(model, windows, cache, rows):
-    """Prefill some rows anew, with windows of one length, less the newest token: the next decoding
-    step adds it, with those of the other rows.
+    """Prefill these rows again. The newest token is left to the next decode step, which adds it for
+    every row. Windows have one length: context_start always restarts at half.
     """
     length = len(windows[0])
     part = new_cache(model, len(rows), length)
@@ -172,7 +171,7 @@ def refill(model, windows, cache, rows):
 
 @contextlib.contextmanager
 def one_row_kernels(rows: int):
-    """No oneDNN for a single row: in bf16 it would reorder the weights for each product."""
+    """Disable oneDNN for one row: in bf16 it would repack the weights on every call."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and rows > 1
     try:
@@ -182,8 +181,8 @@ def one_row_kernels(rows: int):
 
 
 def make_decoder(model, new, cache):
-    """The model as a function of the newest tokens (B, 1), which the cache takes in; on a GPU as a
-    CUDA graph, so that hundreds of small kernels start without waiting for Python before each.
+    """A decode function of the newest tokens (B, 1). On a GPU it replays a CUDA graph, avoiding the
+    launch overhead of each kernel.
     """
     decode = functools.partial(model, cache=cache)
     if not use_graph(new.device):
@@ -194,7 +193,7 @@ def make_decoder(model, new, cache):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries set themselves up; what they write is overwritten
+            for _ in range(2):  # warm-up, as capture requires; its cache entries are overwritten
                 decode(new)
                 cache.lengths.copy_(lengths)
         torch.cuda.current_stream().wait_stream(stream)
@@ -211,13 +210,13 @@ def make_decoder(model, new, cache):
 
 
 def use_graph(device) -> bool:
-    """Autocast keeps casts of the weights between calls, and fsdp's exchange cannot be recorded."""
+    """Whether to use a CUDA graph: not in autocast (caches weight casts) or fsdp (collectives)."""
     return device.type == "cuda" and world_size() == 1 and not torch.is_autocast_enabled("cuda")
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for inference in bf16 on a CPU, its weights in the order in which oneDNN
-    multiplies them fastest: with 8 rows in half the time.
+    """A linear layer for bf16 inference on a CPU, its weights prepacked for oneDNN: about twice as
+    fast at 8 rows.
     """
 
     def __init__(self, linear, rows):
@@ -230,7 +229,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model, rows=1):
-    """Replace the linear layers of a bf16 model on a CPU by PackedLinears, for so many rows; from
+    """Replace the linear layers of a bf16 model on a CPU by PackedLinears for this many rows; from
     then on the model can only generate. For one row, PyTorch's own kernel is faster.
     """
     weight = next(model.parameters())
@@ -248,15 +247,15 @@ def pack_linears(model, rows=1):
 
 
 class TextStream:
-    """A row's text as its tokens come in, ended before the stop text."""
+    """Incremental decoding of one row, cut at the stop text."""
 
     def __init__(self, tokenizer, stop=None):
         self.decoder, self.stop = StreamDecoder(tokenizer), stop or ""
-        self.held = ""  # may be the beginning of the stop text
+        self.held = ""  # trailing text that could start the stop text
         self.done = False
 
     def push(self, token: int | None) -> str:
-        """The text that is certain after one more token; None ends the row: all the rest."""
+        """The text that one more token makes certain; None ends the row and returns the rest."""
         if self.done:
             return ""
         text = self.held + (self.decoder.flush() if token is None else self.decoder.push(token))
@@ -286,7 +285,7 @@ def stream_text(model, tokenizer, prompts, sampling, samples=None):
 
 
 def prompt_ids(tokenizer, prompt) -> list[int]:
-    """The prompt's ids; for an empty one a token after which a text may begin, never printed."""
+    """The ids; for an empty prompt an end-of-text token (or newline) that is not printed."""
     ids = tokenizer.encode(prompt)
     if not ids and tokenizer.eot_id is not None:
         ids = [tokenizer.eot_id]

@@ -390,8 +390,8 @@ def in_chunks(text):
 
 def cut(stream, safe_cut):
     """The stream of (split, text) in parts that give the tokens of the whole: cut where it changes
-    none. Where there is no such place in LONGEST characters (no space, no punctuation), they are
-    cut there.
+    none. If LONGEST characters have no such place (no space, no punctuation), they are cut after
+    the last one.
     """
     held, held_for = "", "train"
     for split, text in stream:
@@ -427,7 +427,7 @@ def in_thread(function, item) -> Future:
 
 
 def in_order(start, items, ahead):
-    """Results of the futures that start gives for items, so many under way behind the next one."""
+    """Results of the futures that start gives for items, with `ahead` more of them under way."""
     pending = deque()
     for item in items:
         pending.append(start(item))

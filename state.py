@@ -1,4 +1,4 @@
-"""The state of a training run: built in one place, saved, and taken up again."""
+"""The state of a training run: built in one place, saved, and resumed."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,19 +26,19 @@ MOST_SKIPPED = 20  # steps in a row that float16 may skip while its loss scale s
 
 
 class NonFiniteError(Exception):
-    """Loss or gradients are not finite; the weights are those of the step before."""
+    """Loss or gradients are not finite; weights are unchanged since the last good step."""
 
     exit_code = 5
 
 
 @dataclass
 class TrainState:
-    """All that changes as a run goes on."""
+    """Everything mutable in a run."""
 
     model: GPT2  # the plain module, which holds the weights
-    forward: torch.nn.Module  # the same model, compiled and in DDP where that is so
+    forward: torch.nn.Module  # the same model, possibly compiled and wrapped in DDP
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # float16's loss scale; does nothing for other types
+    scaler: torch.amp.GradScaler  # float16's loss scale; does nothing for other dtypes
     found_inf: "FoundInf"
     step: int = 0  # updates made
     best_val_loss: float | None = None
@@ -50,7 +50,7 @@ def build_state(config: GPT2Config, device, sampler, saved=None, initial=None) -
     state of a checkpoint (saved), or with the weights of a trained model (initial).
     """
     set_up_device(device, thrifty=is_sharded(config) or config.activation_checkpointing)
-    torch.manual_seed(config.seed)  # of the weights
+    torch.manual_seed(config.seed)  # for initial weights
     model = GPT2(config).to(device, torch.float64 if config.dtype == "float64" else torch.float32)
     if initial is not None:
         checkpoint.load_weights(model, crop_positions(initial, config.block_size))
@@ -72,8 +72,8 @@ def build_state(config: GPT2Config, device, sampler, saved=None, initial=None) -
         state.forward = compile_model(model)
     if world_size() > 1 and not is_sharded(config):
         state.forward = DistributedDataParallel(state.forward, gradient_as_bucket_view=True)
-        # DDP arranges its buckets anew after the first backward pass, and with them the order of
-        # its sums: make that pass here, or a resumed run would round otherwise
+        # DDP rebuilds its buckets after the first backward, which changes summation order: do one
+        # dummy backward here, so that a resumed run sums in the same order
         x, y = (to_device(ids, device) for ids in sampler.batch(state.step))
         with autocast(device, config.dtype):
             loss = state.forward(x, y)[1]
@@ -89,8 +89,8 @@ def zero_grad(state):
 
 
 class FoundInf:
-    """Whether loss and gradients are finite. On CUDA the optimizer's kernel itself skips a step
-    that is not, and the host learns of it one step later: nothing waits for the device.
+    """Whether loss and gradients are finite. On CUDA the optimizer's kernel skips a non-finite step
+    by itself, and the host learns of it one step later: nothing waits for the device.
     """
 
     def __init__(self, device, may_skip: int, checkpoint_dir: str):
@@ -98,7 +98,9 @@ class FoundInf:
         self.checkpoint_dir, self.skipped, self.pending = checkpoint_dir, 0, None
 
     def check(self, loss, grad_norm, optimizer, step: int) -> bool:
-        """Whether to call optimizer.step(). Raises NonFiniteError, on CUDA for the step before."""
+        """Whether to call optimizer.step(); on CUDA always True, as the kernel skips by itself.
+        Raises NonFiniteError, on CUDA for the step before.
+        """
         self.read()
         found_inf = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         arrival = None
@@ -111,7 +113,7 @@ class FoundInf:
         return self.on_cuda or self.read()
 
     def read(self) -> bool:
-        """Wait for the last answer; whether it is that all is finite."""
+        """Resolve the pending check; True if finite."""
         if self.pending is None:
             return True
         found_inf, arrival, step = self.pending
@@ -132,10 +134,8 @@ class FoundInf:
 
 
 def save_state(state: TrainState, config: GPT2Config, dataset, tokenizer, names):
-    """Write checkpoints under these names (checkpoint.LATEST ...); every rank must call it, for
-    fsdp gathers each tensor from all of them. Rank 0 writes.
-    """
-    state.found_inf.read()  # a step that was not made shall not be saved as made
+    """Rank 0 writes checkpoints with these names (checkpoint.LATEST ...); every rank must call."""
+    state.found_inf.read()  # raise before saving if the last step failed
     weights, optimizer_state = full_state(state.model, state.optimizer)
     contents = {
         "format": checkpoint.FORMAT,
@@ -161,10 +161,9 @@ def save_state(state: TrainState, config: GPT2Config, dataset, tokenizer, names)
 
 
 def find_checkpoint(config: GPT2Config, dataset, insist: bool) -> dict | None:
-    """The newest intact checkpoint, None without any; says which file and why. Only rank 0 reads
-    it, and only there it has its tensors.
-
-    Raises CheckpointError, and ValueError where it is of another run: a line for each difference.
+    """The newest intact checkpoint, or None; logs which file and why. Rank 0 reads the file; other
+    ranks get the same dict without tensors. Raises CheckpointError, and ValueError, with a line for
+    each difference, if it is of a different run.
     """
     found = []
 
@@ -177,6 +176,7 @@ def find_checkpoint(config: GPT2Config, dataset, insist: bool) -> dict | None:
 
 
 def _newest(config, dataset, insist):
+    """What find_checkpoint does on rank 0."""
     found = checkpoint.latest(config.checkpoint_dir)
     if found is None and insist:
         message = f"--resume: no checkpoint in {config.checkpoint_dir}; leave the flag out"
@@ -212,7 +212,7 @@ def load_initial(spec, config, chosen=()) -> tuple[GPT2Config, dict]:
     """config with the shape of a trained model, and its checkpoint's dict for train(initial=...).
 
     spec: what checkpoint.load_state takes. chosen: fields that the user has set; block_size may be
-    shorter than the model's, dropout anything. Raises ValueError where another is not the model's.
+    shorter than the model's, dropout anything. Raises ValueError if any other differs from it.
     """
     state, name = checkpoint.load_state(spec)
     model = checkpoint.model_config(state)
@@ -233,7 +233,7 @@ def load_initial(spec, config, chosen=()) -> tuple[GPT2Config, dict]:
 
 
 def check_vocabulary(initial, dataset):
-    """ValueError unless the data set's ids mean to the model of initial what they always have."""
+    """ValueError unless initial's tokenizer and vocabulary size match the data set."""
     vocab_size = checkpoint.model_config(initial).vocab_size
     theirs = load_tokenizer(initial["tokenizer"]) if initial["tokenizer"] else None
     mine = dataset.meta["tokenizer"]
@@ -248,7 +248,7 @@ def check_vocabulary(initial, dataset):
 
 
 def crop_positions(initial: dict, block_size: int) -> dict:
-    """A checkpoint's dict with a position table of block_size rows."""
+    """The checkpoint's weights, with the position table cropped to block_size rows."""
     tensors = dict(initial["model"])
     if "transformer.wpe.weight" in tensors:
         tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:block_size]

@@ -60,7 +60,7 @@ SYMBOL_OF = dict(zip(BYTES, SYMBOLS, strict=True))
 
 class Tokenizer:
     """What all kinds share. A kind has `kind`, `vocab_size`, `encode_to_numpy`, `decode_bytes`,
-    `to_dict` (with "format" and "kind"), `from_dict`, and `train` where it learns from the text.
+    `to_dict` (with "format" and "kind"), `from_dict`, and `train` if it learns from the text.
     """
 
     kind = ""
@@ -76,7 +76,7 @@ class Tokenizer:
 
     def safe_cut(self, text: str) -> int:
         """The last place where text can be cut so that its parts, encoded one by one, give the
-        tokens of the whole; 0 where there is none. Here: anywhere, so at its end.
+        tokens of the whole; 0 if there is none. Here: anywhere, so at its end.
         """
         return len(text)
 
@@ -303,7 +303,7 @@ class StreamDecoder:
         return self._utf8.decode(self.tokenizer.decode_bytes([token_id]))
 
     def flush(self) -> str:
-        """What is still held back, as U+FFFD; the next push starts anew."""
+        """What is still held back, as U+FFFD; the next push starts afresh."""
         return self._utf8.decode(b"", final=True)
 
 

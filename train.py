@@ -1,13 +1,13 @@
-"""Train GPT-2: a data set in, checkpoints and curves out. Killed at any moment, it goes on. The
-defaults below are GPT-2 124M's; where you set nothing, the preset (auto) fits device and text.
+"""Train GPT-2: a data set in, checkpoints and curves out. A killed run resumes where it stopped.
+The defaults below are GPT-2 124M's; where you set nothing, the preset (auto) fits device and text.
 
     python train.py                       # what fits this machine and this text
     python train.py --data novel.txt --tokenizer char --prompt "It was"
     python train.py --n_layer 6 --n_embd 192 --dropout 0.1 --compile false
     python train.py --preset gpt2 --data_dir data/mytext            # GPT-2 124M
     python train.py --init_from gpt2 --data novel.txt               # fine-tuning
-    python train.py --resume --max_iters 4000       # on with a run that finished
-    python train.py --fresh                         # set it aside and start anew
+    python train.py --resume --max_iters 4000  # train a finished run for longer
+    python train.py --fresh                    # set it aside, start from scratch
     torchrun --nproc_per_node 8 train.py --preset gpt2 --data_dir data/mytext
 
 Every field of GPT2Config is a flag. From Python: `from train import train; train(GPT2Config())`.
@@ -80,7 +80,7 @@ from utils import (
 
 
 class Interrupted(Exception):
-    """A signal came, and the state is saved."""
+    """Raised after a signal, once the state is saved."""
 
     def __init__(self, signum, message):
         super().__init__(message)
@@ -88,7 +88,7 @@ class Interrupted(Exception):
 
 
 class OutOfMemoryError(ValueError):
-    """The device is too small; other ranks need not meet it, so each reports its own."""
+    """The device is too small; other ranks may not hit it, so each prints its own error."""
 
     rank_local = True
 
@@ -103,14 +103,14 @@ def train(
     initial: dict | None = None,
     eval_only: bool = False,
 ) -> dict:
-    """Train as config says, going on from checkpoint_dir's latest checkpoint where it fits; return
-    the last object logged to metrics.jsonl.
+    """Train as config says, resuming from the latest checkpoint in checkpoint_dir if there is one;
+    return the last object logged to metrics.jsonl.
 
-    resume insists on a checkpoint, fresh sets an earlier run's aside; initial is a checkpoint's
-    dict whose weights a new run begins with; eval_only measures the validation loss, {"step": ...,
-    "val_loss": ...}, and changes nothing. Under torchrun all processes call it alike. Raises
-    ValueError for what the user can mend, CheckpointError, WriteError, NonFiniteError, Interrupted,
-    PeerError.
+    resume requires a checkpoint, fresh sets an earlier run's aside; initial is a checkpoint's dict
+    whose weights a new run starts from; eval_only measures the validation loss, {"step": ...,
+    "val_loss": ...}, and changes nothing. Under torchrun every process must call it with the same
+    arguments. Raises ValueError for user errors, CheckpointError, WriteError, NonFiniteError,
+    Interrupted, PeerError.
     """
     given, config, dataset, device, why = resolve(config)
     if initial is not None:
@@ -134,7 +134,7 @@ def train(
             config.vocab_size,
         )
         state = build_state(config, device, sampler, saved, initial)
-        del saved, initial  # they would stay in memory as long as the run
+        del saved, initial  # free the loaded tensors
         describe_run(state, config, dataset, f"{device} ({why})")
         if eval_only:
             val_loss = estimate_loss(state.forward, dataset.val, config, device)
@@ -167,17 +167,17 @@ def train(
             loss = 0.0
             for micro_step in range(micro_steps):
                 number = sampler.global_micro_step(micro_step)
-                torch.manual_seed(derived_seed(config.seed, state.step, number))  # of dropout
+                torch.manual_seed(derived_seed(config.seed, state.step, number))  # for dropout
                 x, y = (to_device(ids, device) for ids in sampler.batch(state.step, micro_step))
                 with gradient_sync(state.forward, last=micro_step == micro_steps - 1):
                     with autocast(device, config.dtype):
-                        # no name for the logits: they would stay in memory until the next ones
+                        # don't bind the logits: they would stay alive through backward
                         micro_loss = state.forward(x, y)[1] / micro_steps
                     scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
             loss = all_reduce_sum(loss) / world_size()
 
-            # clip and update; the weights stay as they are where anything is not finite
+            # clip; skip the update if loss or norm is not finite (found_inf replaces scaler.step)
             scaler.unscale_(optimizer)
             limit = math.inf if config.grad_clip is None else config.grad_clip
             grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
@@ -214,7 +214,7 @@ def train(
                 finished = finished or (evaluate and out_of_patience(log, config))
                 since, since_step = time.perf_counter(), state.step
 
-            # save; checkpoint.pt comes last: after a kill between two files the step is made again
+            # save, checkpoint.pt last: a run killed between two files repeats the step on resuming
             signum = signals.received()
             if state.step % config.checkpoint_interval == 0:
                 due.append(checkpoint.NUMBERED)
@@ -239,8 +239,8 @@ def train(
 def estimate_loss(model, tokens, config, device) -> float:
     """Mean loss in nats a token over fixed windows that cover a split evenly.
 
-    Ranks share the batches; a batch holds the same windows however many ranks there are, so that
-    its loss is the same. No random numbers are drawn, and the device is waited for only once.
+    Ranks share the batches. Each batch holds the same windows for any number of ranks, so its loss
+    does not depend on it. No random numbers are drawn, and the device is synchronized only once.
     """
     B, T = config.batch_size, config.block_size
     starts = validation_starts(tokens, T, config.eval_iters * B)
@@ -262,14 +262,14 @@ def estimate_loss(model, tokens, config, device) -> float:
 
 
 def mfu(model, config, device, tokens_per_second) -> float | None:
-    """Share of the devices' peak FLOP/s (Chowdhery et al. 2022); None where that is not known."""
+    """Share of the devices' peak FLOP/s (Chowdhery et al. 2022); None if unknown."""
     peak = peak_flops(device, config.dtype)
     flops = model.flops_per_token() * tokens_per_second
     return None if peak is None else flops / (peak * world_size())
 
 
 def check_first_loss(loss, config):
-    """Warn where the first loss is not that of a model which knows nothing yet."""
+    """Warn if the first loss is well above ln(vocab_size), an untrained model's loss."""
     expected = math.log(config.vocab_size)
     if loss > expected + 0.5:
         warn(
@@ -279,7 +279,7 @@ def check_first_loss(loss, config):
 
 
 def out_of_patience(log, config) -> bool:
-    """Whether the last `patience` evaluations brought nothing better."""
+    """Whether the last `patience` evaluations did not improve on an earlier one."""
     losses, patience = log.val_losses(), config.patience
     if patience is None or not losses or losses.index(min(losses)) >= len(losses) - patience:
         return False
@@ -291,8 +291,8 @@ def out_of_patience(log, config) -> bool:
 
 
 def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device, str]:
-    """config as it is saved, and with what follows from the machine and from other fields filled
-    in; the data set; the device and why it. ValueError for what does not go together.
+    """Check config against data and machine. Returns it as checkpoints save it, and with all unset
+    fields filled in; the data set; the device, and why it was picked. ValueError for conflicts.
     """
     validate(config)
     steps, count = config.gradient_accumulation_steps, world_size()
@@ -316,7 +316,7 @@ def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device,
 
 
 def describe_run(state, config, dataset, device):
-    """Say what is about to happen."""
+    """Log device, model, data and schedule."""
     inside = getattr(state.forward, "module", state.forward)  # of DDP
     compiled = "" if inside is state.model else ", compiled"
     shared = f", {world_size()} processes ({config.parallel})" if world_size() > 1 else ""
@@ -337,9 +337,7 @@ def describe_run(state, config, dataset, device):
 
 
 def report(state, config, log) -> dict:
-    """How the run ended, or that it was over before, where the results are, and what to type next;
-    the last object logged.
-    """
+    """Log the outcome, the output paths and the next command; return the last record."""
     last = log.records[-1] if log.records else {"step": state.step}
     if state.step > log.first_step:
         log_row("done", f"{state.step:,} steps in {human_time(last['seconds'])}", "green")
@@ -369,7 +367,7 @@ def report(state, config, log) -> dict:
 
 @dataclass
 class TrainOptions:
-    """Flags of train.py beside GPT2Config's fields."""
+    """Flags of train.py in addition to GPT2Config's fields."""
 
     # what to train
     data: str | None = None  # prepare this text and train on it
@@ -377,8 +375,8 @@ class TrainOptions:
     init_from: str = "scratch"  # or a checkpoint, a Hugging Face folder, gpt2 ... gpt2-xl, org/name
     config: str | None = None  # settings as JSON, as a run writes them
     # which run (an earlier one that fits is continued)
-    resume: bool = False  # insist on going on from a checkpoint
-    fresh: bool = False  # set an earlier run aside, start anew
+    resume: bool = False  # fail if there is no checkpoint to resume from
+    fresh: bool = False  # set an earlier run aside, start from scratch
     eval_only: bool = False  # print the validation loss, no more
     # when training ends
     prompt: str | None = None  # print a continuation of this
@@ -442,8 +440,8 @@ def main(argv=None) -> int:
 def parse_command_line(argv) -> tuple[TrainOptions, GPT2Config, set[str]]:
     """The script's own options, the config, and the names of the fields that the user has set.
 
-    Raises ValueError with a line for every problem at once; what a preset or an initial model may
-    still mend, train says.
+    Raises ValueError with a line for every problem at once. Conflicts that a preset or an initial
+    model may resolve are left to train().
     """
     (options, config), given, found = parse(argv, __doc__, TrainOptions, GPT2Config, usage=USAGE)
     names = {field.name for field in fields(GPT2Config)}
@@ -468,9 +466,9 @@ USAGE = "train.py [--preset NAME] [--data_dir DIR | --data FILE] [any flag below
 
 
 def prepare_text(options, data_dir, initial) -> str:
-    """Prepare --data in data_dir, or in a folder named after it, and give the folder's name.
+    """Prepare --data in data_dir, or in a folder named after it; return the folder.
 
-    With --tokenizer, else with that of the initial model, else with gpt2's.
+    The tokenizer is --tokenizer, else that of the initial model, else gpt2's.
     """
     if world_size() > 1:
         first = f"first `python prepare_data.py --input {options.data}`, then --data_dir"
@@ -491,9 +489,9 @@ def prepare_text(options, data_dir, initial) -> str:
 
 
 def with_preset(config, chosen, initial=None) -> GPT2Config:
-    """config with its preset's values wherever the user has set nothing (chosen).
+    """config with preset values for all fields not in `chosen`.
 
-    auto is for fine-tuning where there are weights to start from, and leaves their shape alone.
+    With initial weights, auto means the finetune preset, and the model's shape is kept.
     """
     if config.preset == "none":
         return config

@@ -28,9 +28,9 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str | None = None) -> tuple[torch.device, str]:
-    """The device to use and why; ValueError where the one asked for is not there.
+    """The device to use and why; ValueError if the requested one is not available.
 
-    On CUDA each process of a machine has a device of its own.
+    On CUDA each process of a machine has its own device.
     """
     there = {
         "cuda": torch.cuda.is_available(),
@@ -60,7 +60,7 @@ def pick_device(name: str | None = None) -> tuple[torch.device, str]:
 
 
 def pick_dtype(device: torch.device) -> str:
-    """bfloat16 where the device computes in it, else float16 on CUDA, else float32."""
+    """bfloat16 if the device computes in it, else float16 on CUDA, else float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device.type == "cpu":  # AVX512-BF16, AMX or Arm's BF16
@@ -86,24 +86,24 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """The device's peak in FLOP/s at this precision, None where it is not known."""
+    """The device's peak in FLOP/s at this precision, None if unknown."""
     if device.type != "cuda" or dtype not in ("bfloat16", "float16"):
         return None
     name = torch.cuda.get_device_name(device)
-    other = r"(?! (PCIe|NVL|Ti|D|Laptop)\b)"  # a name that goes on so is another GPU's
+    other = r"(?! (PCIe|NVL|Ti|D|Laptop)\b)"  # a name that continues so is a different GPU's
     found = (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b{other}", name))
     return next(found, None)
 
 
 def peak_mb(device: torch.device) -> float | None:
     """The most memory that this process has held so far, in MB: tensors on a CUDA device, all that
-    was resident elsewhere. None where the system does not tell.
+    was resident elsewhere. None if the system does not tell.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # not available on Windows
         return None
     kilobyte = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte
@@ -112,8 +112,8 @@ def peak_mb(device: torch.device) -> float | None:
 def set_up_device(device: torch.device, thrifty: bool = False):
     """On CUDA: TF32 for the float32 products that autocast leaves. On a CPU: let glibc's malloc
     keep what large tensors free instead of giving it back to the system, which would map and clear
-    it anew in each step: a third of the time of training GPT-2 124M. It costs memory; thrifty, a
-    tensor of 1 MB or more has a mapping of its own, which goes when it does.
+    it again in each step: a third of the time of training GPT-2 124M. It costs memory; if thrifty,
+    a tensor of 1 MB or more has its own mapping, which goes when it does.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
