@@ -498,7 +498,7 @@ def test_killed_at_any_moment_a_data_set_is_whole_or_absent(tmp_path, moment):
         (["--val_fraction", "1"], ["--val_fraction 1: must be less than 1"]),
         (["--tokenizer", "none.json"], ["none.json: neither char, bpe, gpt2 nor a file"]),
         (["--tokeniser", "char"], ["did you mean --tokenizer"]),
-        (["--dataset", "openwebtext", "--name", "x"], ["only for --dataset fineweb"]),
+        (["--dataset", "openwebtext", "--name", "x"], ["only for fineweb"]),
         (["--dataset", "fineweb", "--input", "a.parquet"], ["use --dataset custom"]),
         (["--dataset", "fineweb", "--tokenizer", "char"], ["use gpt2 or bpe"]),
         (["--adopt", "d", "--input", "a.txt"], ["no other flags"]),
