@@ -229,10 +229,10 @@ class GPT2(nn.Module):
 def cross_entropy(logits, targets):
     """Mean cross-entropy in nats, in at least float32; targets of -1 do not count.
 
-    logits (B, T, V), targets int64 (B, T). Under torch.compile the plain version is fused anyway.
+    logits (B, T, V), targets int64 (B, T). In chunks, but for a few logits or under torch.compile.
     """
     logits, targets = logits.flatten(0, 1), targets.flatten()  # (N, V), (N,), N = B * T
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or logits.numel() <= 2**20:
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), targets, ignore_index=-1)
     return CrossEntropy.apply(logits, targets)
