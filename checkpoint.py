@@ -243,7 +243,7 @@ def latest(folder) -> tuple[Path, dict, list[str]] | None:
             damaged[path] = str(error)
             continue
         for bad in damaged:
-            os.replace(bad, f"{bad}.damaged")
+            os.replace(bad, _free(bad.with_name(f"{bad.name}.damaged")))
         return path, state, list(damaged.values())
     if damaged:
         lines = [*damaged.values(), "no usable checkpoint is left; --fresh sets these files aside"]
@@ -263,12 +263,20 @@ def set_aside(folder) -> Path | None:
     paths = [*_newest_first(Path(folder)), *Path(folder).glob("*.pt.damaged*")]
     if not paths:
         return None
-    target = Path(folder) / time.strftime("%Y-%m-%d_%H-%M-%S")
+    target = _free(Path(folder) / time.strftime("%Y-%m-%d_%H-%M-%S"))
     with files.writing(target):
         target.mkdir()
         for path in paths:
             os.replace(path, target / path.name)
+    log_row("set aside", f"the earlier run's checkpoints, in {target}")
     return target
+
+
+def _free(path: Path) -> Path:
+    """path, with underscores at its end until nothing has that name."""
+    while path.exists():
+        path = path.with_name(f"{path.name}_")
+    return path
 
 
 # ---------------------------------------------------------------- a model by its name
