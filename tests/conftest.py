@@ -12,6 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "docs"))  # the scripts that bench.py starts
+# One thread for this process and its children: tiny models run fastest so, workers share the cores,
+# and OpenMP's threads do not survive a fork.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -19,10 +23,21 @@ import torch  # noqa: E402
 import files  # noqa: E402
 from config import GPT2Config  # noqa: E402
 
-torch.set_num_threads(1)  # tiny models run fastest so, and forked children run at all
 TEXT = "".join(
     f"line {i}: the quick brown fox jumps over the lazy dog {i * i}.\n" for i in range(120)
 )
+
+
+def pytest_configure(config):
+    """Without `-m gpu` all tests run on the CPU, also where there is a GPU."""
+    if not config.option.markexpr.startswith("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two share the suite; a file, or what is to be seen with -s, is run here."""
+    is_suite = all(Path(arg).is_dir() for arg in config.args)
+    return 2 if is_suite and config.option.capture != "no" else 0
 
 
 def same(one, other):
@@ -37,10 +52,7 @@ def same(one, other):
 
 
 def in_child(function, *arguments):
-    """Call function in a forked child; its exit code, negative for a signal (SIGALRM: it hung).
-
-    A child on one thread, because OpenMP's threads do not survive a fork.
-    """
+    """Call function in a forked child; its exit code, negative for a signal (SIGALRM: it hung)."""
     return os.waitstatus_to_exitcode(os.waitpid(fork(function, *arguments), 0)[1])
 
 
@@ -64,6 +76,9 @@ def in_processes(count, function, *arguments):
 
 def fork(function, *arguments):
     """The process id of a child that calls function and exits with what it returns."""
+    import torch._dynamo  # what optimizers and logs import, more than a second: once,
+    import torch.utils.tensorboard  # noqa: F401  # and not in every child
+
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -71,7 +86,6 @@ def fork(function, *arguments):
         code = 1
         try:
             signal.alarm(120)
-            torch.set_num_threads(1)
             code = function(*arguments)
         except BaseException:  # the child must never return into pytest
             traceback.print_exc()
@@ -139,8 +153,19 @@ def char_data(tmp_path):
     return prepare(TEXT, tmp_path / "data")
 
 
+@pytest.fixture(scope="module")
+def short_samples():
+    """Half of a tiny run's time is the text of each evaluation: 20 tokens of it show the same."""
+    import train
+
+    sample_text = train.sample_text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "sample_text", lambda *a, **settings: sample_text(*a[:3], 20))
+        yield
+
+
 @pytest.fixture
-def tiny_config(tmp_path, char_data):
+def tiny_config(tmp_path, char_data, short_samples):
     """A run of a few seconds: 2 layers of 32 channels, everything under tmp_path."""
     return GPT2Config(
         block_size=16,

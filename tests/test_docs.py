@@ -25,10 +25,9 @@ import pytest
 import torch
 from conftest import ROOT, in_child
 from test_house import EVENING, FILES, MAY_IMPORT, SCRIPTS
-from test_plan import script as plan
 
 import checkpoint
-from config import GPT2Config
+from config import GPT2_CONFIGS, GPT2Config
 from convert import to_hf
 from model import GPT2
 from tokenizer import BPETokenizer
@@ -36,10 +35,14 @@ from tokenizer import BPETokenizer
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 TOURS = [ROOT / "docs" / "tour.md", ROOT / "docs" / "tour.zh-CN.md"]
+WORLDS = [ROOT / "docs" / "world.md", ROOT / "docs" / "world.zh-CN.md"]
 each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 each_tour = pytest.mark.parametrize("path", TOURS, ids=lambda path: path.name)
-each_pair = pytest.mark.parametrize("pair", [READMES, TOURS], ids=["README", "tour"])
-MAINS = {name: importlib.import_module(name).main for name in SCRIPTS} | {"plan": plan.main}
+each_pair = pytest.mark.parametrize(
+    "pair", [READMES, TOURS, WORLDS], ids=["README", "tour", "world"]
+)
+PARTS = ("plan", "to_loss", "gpu")  # of bench.py, in docs/
+MAINS = {name: importlib.import_module(name).main for name in (*SCRIPTS, *PARTS)}
 SOURCES = {path.stem: path.read_text("utf-8") for path in FILES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # [file.py](../file.py) `name`, `name`: what a stop of the tour asks to read
@@ -101,7 +104,8 @@ def test_commands_have_only_flags_that_exist(path):
     for script, rest in COMMAND.findall(path.read_text("utf-8")):
         words = rest.replace("\\\n", " ").split()
         used = {word.split("=")[0] for word in words if word.startswith("--")}
-        assert used <= flags("plan" if words[:1] == ["plan"] else script), f"{script}.py{rest}"
+        part = words[0] if words and words[0] in PARTS else script
+        assert used <= flags(part), f"{script}.py{rest}"
 
 
 @each_tour
@@ -147,7 +151,7 @@ def is_quoted(block):
 def test_both_languages_have_the_same_headings_links_code_and_commands(pair):
     """README.zh-CN.md has more: what helps in China."""
     texts = [BLOCK.sub("", path.read_text("utf-8")) for path in pair]
-    texts = [re.sub(r"tour(\.zh-CN)?\.md(#[^)]*)?", "tour.md", text) for text in texts]
+    texts = [re.sub(r"(tour|world)(\.zh-CN)?\.md(#[^)]*)?", r"\1.md", text) for text in texts]
     to_itself = "|".join(re.escape(path.name) for path in pair)
     for pattern in (r"^#+ (?:\d+)?", rf"(?:\]\((?!#|{to_itself})|src=)[^)\s]+", r"`[^`\n]+`"):
         english, chinese = (Counter(re.findall(pattern, text, re.M)) for text in texts)
@@ -186,16 +190,13 @@ NOT_RUN = {
     "pip install": "CI's first step",
     ".venv/bin/python -m pytest": "this is it",
     "tensorboard": "a server, which does not end",
+    "python playground.py": "another",
     "torchrun --nproc_per_node 8": "needs eight GPUs",
     "python prepare_data.py --dataset fineweb": "needs a network, and hours",
     "python evaluate.py --task hellaswag lambada": "needs a network",
 }
 # what is run with -m slow only: minutes of training, or a torchrun that imports torch anew
-SLOW = (
-    "python train.py --resume --max_iters 2000",
-    "python -c from config import GPT2Config, GPT2_CONFIGS",
-    "torchrun --nproc_per_node 2",
-)
+SLOW = ("python train.py --resume --max_iters 2000", "torchrun --nproc_per_node 2")
 NEEDS_VOCABULARY = (  # GPT-2's, which not every machine has
     "python prepare_data.py --input crawl/",
     "python prepare_data.py --adopt",
@@ -228,14 +229,16 @@ def begins(command, beginnings):
 
 
 def in_a_fork(command, folder):
-    """Run a command as Python would, in a fork that has torch already: a new Python needs seconds
-    to import it. Returns the exit code and what was printed.
+    """Run a command as Python would, in a fork that has torch already, which takes seconds to
+    import; what a preset trains ends after two steps. Returns the exit code and what was printed.
     """
     printed, (python, *arguments) = folder / "printed.txt", command
     assert Path(python).name == "python", f"{python}: cannot be run here"
 
     def child():
         os.chdir(folder)
+        for name in ("shakespeare-cpu", "finetune"):
+            GPT2_CONFIGS[name]["max_iters"] = 2
         sys.stdin, sys.argv = io.StringIO(TYPED), arguments
         with printed.open("w", encoding="utf-8") as out:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -260,54 +263,39 @@ def in_a_new_process(command, folder):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """The folder of a reader on a machine without a GPU: the scripts, and every file that the pages
-    speak of.
+    """The folder of a reader on a machine without a GPU: the scripts and every file that the pages
+    speak of; GPT-2s of a few parameters, gpt2 and gpt2-xl, which go before the hub's.
     """
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for path in FILES:
-        shutil.copy(path, tmp_path)
-    sonnets = (ROOT / "data" / "sonnets.txt").read_text("utf-8")
-    text = sonnets[:5000] + "".join(sorted(set(sonnets)))  # all of its characters
-    files = {
-        "data/sonnets.txt": sonnets,
-        "data/shakespeare/input.txt": text,
-        "docs/plan.py": (ROOT / "docs" / "plan.py").read_text("utf-8"),
-        "novel.txt": text,
-        "books/one.txt": text,
-        "notes.md": "# Notes\n\nA rose is a rose.\n",
-        "prompts.txt": "To be\nShall I\n",
-    }
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content, "utf-8")
-    with gzip.open(tmp_path / "talk.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write(json.dumps({"text": "Good morning. And to you."}) + "\n")
-    documents_and_models(tmp_path, sonnets)
-    return tmp_path
-
-
-def documents_and_models(folder, text):
-    """A parquet file of documents, nanoGPT's token files and its checkpoint, and GPT-2s of a few
-    parameters in folders called gpt2 and gpt2-xl, which go before the hub's.
-    """
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pytest.importorskip("safetensors")
-    (folder / "crawl").mkdir()
-    table = pyarrow.table({"text": text[:20000].split("\n\n")})
-    parquet.write_table(table, folder / "crawl" / "part.parquet")
-    (folder / "nanoGPT" / "data" / "openwebtext").mkdir(parents=True)
+    for name in ("data/shakespeare", "docs", "books", "crawl", "nanoGPT/data/openwebtext"):
+        (tmp_path / name).mkdir(parents=True)
+    for path in [*FILES, ROOT / "data" / "sonnets.txt", ROOT / "docs" / "plan.py"]:
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    sonnets = (ROOT / "data" / "sonnets.txt").read_text("utf-8")
+    text = sonnets[:5000] + "".join(sorted(set(sonnets)))  # all of its characters
+    for name in ("data/shakespeare/input.txt", "novel.txt", "books/one.txt", "notes.md"):
+        (tmp_path / name).write_text(text, "utf-8")
+    (tmp_path / "prompts.txt").write_text("To be\nShall I\n", "utf-8")
+    with gzip.open(tmp_path / "talk.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps({"text": "Good morning. And to you."}) + "\n")
+    table = pyarrow.table({"text": sonnets[:20000].split("\n\n")})
+    parquet.write_table(table, tmp_path / "crawl" / "part.parquet")
     for split in ("train", "val"):
-        ids = np.arange(1000, dtype="<u2")
-        ids.tofile(folder / "nanoGPT" / "data" / "openwebtext" / f"{split}.bin")
-    tokenizer = BPETokenizer.train([text[:5000]], 300)
-    sizes = {"vocab_size": tokenizer.vocab_size, "block_size": 32}
-    sizes |= {"n_layer": 1, "n_head": 2, "n_embd": 16}
-    model = GPT2(GPT2Config(**sizes))
+        path = tmp_path / "nanoGPT" / "data" / "openwebtext" / f"{split}.bin"
+        np.arange(1000, dtype="<u2").tofile(path)
+
+    tokenizer = BPETokenizer.train([text], 300)
+    sizes = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, **sizes))
     state = checkpoint.new_state(model.config, model.state_dict(), tokenizer)
-    checkpoint.save(folder / "tiny.pt", state)
+    checkpoint.save(tmp_path / "tiny.pt", state)
     for name in ("gpt2", "gpt2-xl"):
-        to_hf(folder / "tiny.pt", folder / name)
-    torch.save({"model": model.state_dict(), "model_args": sizes}, folder / "ckpt.pt")
+        to_hf(tmp_path / "tiny.pt", tmp_path / name)
+    arguments = sizes | {"vocab_size": tokenizer.vocab_size}
+    torch.save({"model": model.state_dict(), "model_args": arguments}, tmp_path / "ckpt.pt")
+    return tmp_path
 
 
 @pytest.mark.parametrize(
