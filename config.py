@@ -42,7 +42,7 @@ class GPT2Config:
     n_embd: integer(1, 2**16) = 768  # channels
     dropout: number(least=0, below=1) = 0.0  # share of activations dropped while training
     bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
-    position: Literal["learned", "rope", "alibi"] = "learned"  # position encoding (GPT-2: learned)
+    position: Literal["learned", "rope", "alibi"] = "learned"  # encoding; alibi: no flash attention
     gelu: Literal["tanh", "exact"] = "tanh"  # GELU variant: tanh (GPT-2) or exact (nanoGPT)
     # data
     data_dir: str = "./data/shakespeare"  # the data set's own folder
@@ -65,6 +65,7 @@ class GPT2Config:
     device: str | None = None  # cuda, cuda:1, mps or cpu; unset: the best available
     dtype: Dtype | None = None  # precision of the matrix products; unset: the best available
     compile: bool | None = None  # torch.compile; unset: on CUDA only
+    deterministic: bool = True  # the same run gives the same numbers on CUDA, too
     parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: replicated or sharded weights
     activation_checkpointing: bool = False  # recompute activations in the backward pass
     peer_timeout: number(above=0, most=1e9) = 600  # seconds to wait for another process
@@ -98,8 +99,7 @@ class GPT2Config:
             yield Problem(("n_embd", "n_head"), message)
         elif self.position == "rope" and self.n_embd // self.n_head % 2:
             message = (
-                f"--n_embd {self.n_embd}: --position rope rotates pairs of channels, and each of "
-                f"--n_head {self.n_head} has an odd number of them"
+                f"--n_embd {self.n_embd}: --position rope needs an even number of channels a head"
             )
             yield Problem(("n_embd", "n_head", "position"), message)
         schedule = derived(self)

@@ -182,8 +182,15 @@ class GPT2(nn.Module):
         x = self.hidden(idx, cache)
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, C)
-        logits = self.lm_head(x)
-        return logits, None if targets is None else cross_entropy(logits, targets)
+        if torch.compiler.is_compiling() and x.is_cuda:  # pads for tensor cores while casting
+            V = self.config.vocab_size
+            logits = F.linear(x, F.pad(self.lm_head.weight, (0, 0, 0, -V % 64)))[..., :V]
+        else:
+            logits = self.lm_head(x)
+        if targets is None:
+            return logits, None
+        # detached: a compiled backward pass would add a gradient of zeros for them, (B, T, V)
+        return logits.detach(), cross_entropy(logits, targets)
 
     def hidden(self, idx, cache=None):
         """Final hidden states (B, T, C), after the last layer norm and before lm_head."""
@@ -316,26 +323,26 @@ class KVCache:
         """Reserve T more positions per row. Returns the positions (B or 1, T), the number S of keys
         to attend to, and whether no mask is needed (S == T, or T == 1 with equal lengths).
         """
-        start, device = self.common_length, self.kv.device
-        B, H, capacity = self.kv.shape[2:5]
-        positions = torch.arange(T, device=device)[None]  # (1, T)
+        start, capacity = self.common_length, self.kv.shape[4]
+        positions = torch.arange(T, device=self.kv.device)[None]  # (1, T)
         if start is not None:
-            positions, S = positions + start, start + T
-            self.places, self.common_length = (..., slice(start, S), slice(None)), S
+            positions, self.S = positions + start, start + T
+            self.common_length = self.S
         else:
             positions = positions + self.lengths[:, None]  # (B, T)
-            S = int(positions.max()) + 1 if device.type == "cpu" else capacity
-            rows, heads = (torch.arange(n, device=device) for n in (B, H))
-            self.places = rows[:, None, None], heads[:, None], positions[:, None]  # (B, H, T)
-        assert S <= capacity, f"{S} tokens in a cache for {capacity}"
+            self.S = int(positions.max()) + 1 if self.kv.is_cpu else capacity
+        assert self.S <= capacity, f"{self.S} tokens in a cache for {capacity}"
+        self.positions = positions
         self.lengths += T
-        self.S = S
-        return positions, S, start == 0 or (start is not None and T == 1)
+        return positions, self.S, start == 0 or (start is not None and T == 1)
 
     def update(self, layer: int, k, v):
         """Store a layer's new K and V (B, H, T, D); return all K and V so far, (B, H, S, D)."""
-        keys, values = self.kv[layer]  # (B, H, capacity, D) each
-        if self.common_length is None:
-            k, v = k.to(keys.dtype), v.to(keys.dtype)  # slice assignment casts, indexed does not
-        keys[self.places], values[self.places] = k.detach(), v.detach()
-        return (k, v) if self.S == k.shape[2] else (keys[:, :, : self.S], values[:, :, : self.S])
+        T, S = k.shape[2], self.S
+        for kept, new in zip(self.kv[layer], (k.detach(), v.detach()), strict=True):
+            if self.common_length is not None:
+                kept[:, :, S - T : S] = new
+            else:
+                places = self.positions[:, None, :, None].expand_as(new)
+                kept.scatter_(2, places, new.to(kept.dtype))
+        return (k, v) if S == T else self.kv[layer, :, :, :, :S]

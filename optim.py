@@ -101,7 +101,7 @@ class Muon(torch.optim.AdamW):
             updates.append(full_tensor(grad.lerp(momentum, beta)))  # Nesterov
         self._orthogonalize(updates)
         keep = 1.0 if found_inf is None else 1.0 - found_inf.to(params[0].dtype)
-        torch._foreach_add_([self.state[p]["step"] for p in params], keep)
+        torch._foreach_add_([self.state[p]["step"] for p in params], [keep] * len(params))
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * keep)
         updates = [shard_like(p, update) for p, update in zip(params, updates, strict=True)]
         torch._foreach_mul_(updates, -group["lr"] * keep)

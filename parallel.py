@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -163,10 +164,6 @@ class StopSignals:
 # ---------------------------------------------------------------- the model
 
 
-def is_sharded(config: GPT2Config) -> bool:
-    return world_size() > 1 and config.parallel == "fsdp"
-
-
 def shard(model, device, dtype):
     """Shard weights, gradients and optimizer state over all ranks; each block is gathered only
     while it computes (fsdp: Zhao et al. 2023).
@@ -185,25 +182,29 @@ def shard(model, device, dtype):
 
 
 def gradient_sync(forward, last: bool):
-    """A context for a micro-batch's forward and backward pass: gradients are all-reduced once a
-    step, with the last micro-batch; until then they add up on each rank.
+    """Say before each micro-batch whether it is the last: with that, gradients are all-reduced;
+    until then they add up on each rank.
     """
-    if hasattr(forward, "set_requires_gradient_sync"):  # fsdp
+    if isinstance(forward, DistributedDataParallel):
+        forward.require_backward_grad_sync = last
+    elif hasattr(forward, "set_requires_gradient_sync"):  # fsdp
         forward.set_requires_gradient_sync(last)
-    elif isinstance(forward, DistributedDataParallel) and not last:
-        return forward.no_sync()
-    return contextlib.nullcontext()
 
 
 def compile_model(model):
-    """The compiled model; the plain one, with a warning, if any rank has no working compiler."""
-    reason = None
+    """The compiled model; the plain one, with a warning, if any rank has no working compiler.
+
+    Wrapped in DDP before its first call, it is split at DDP's buckets, so that gradients are
+    exchanged while the backward pass goes on.
+    """
+    # else recomputed dropout has a random state of its own, which no seed and no checkpoint sets
+    torch._functorch.config.graphsafe_rng_functionalization = False
+    reasons = []
     try:
         torch.compile(torch.exp)(torch.ones((), device=next(model.parameters()).device))
     except Exception as error:  # compilers fail in many ways, none of which needs to end a run
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-    reasons = [found for found in all_gather([reason]) if found is not None]
-    if reasons:
+        reasons.append((str(error).strip() or type(error).__name__).splitlines()[0][:120])
+    if reasons := all_gather(reasons):
         warn(f"torch.compile does not work here ({reasons[0]}); training goes on without it")
         return model
     log_row("compiling", "the model, in the first step (about a minute)")

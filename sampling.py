@@ -7,12 +7,10 @@ Shapes: B rows (one per (prompt, sample)), T time, V vocabulary, K candidates.
 """
 
 import contextlib
-import functools
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn as nn
 from pydantic import Field
 
 from config import dtype_name
@@ -99,6 +97,7 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
     """
     tokens = [list(prompt) for prompt in prompts]
     limit, device = context_limit(model.config), next(model.parameters()).device
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for each new length
     uniform = uniform_numbers(sampling.seed, samples or [0] * len(tokens), device)
     ended, starts = [False] * len(tokens), [None] * len(tokens)
     new = cache = decode = None
@@ -117,7 +116,7 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
                 refill(model, windows, cache, fresh)
             decode = decode or make_decoder(model, new[:, None], cache)
             with one_row_kernels(len(tokens)):
-                logits = decode(new[:, None])[0][:, -1]  # (B, V)
+                logits = decode(new[:, None])[:, -1]  # (B, V)
         if step == 0 and not logits.isfinite().all():
             name = dtype_name(logits.dtype)
             warn(f"the model's logits are not finite in {name}; try --dtype bfloat16 or float32")
@@ -181,66 +180,25 @@ def one_row_kernels(rows: int):
 
 
 def make_decoder(model, new, cache):
-    """A decode function of the newest tokens (B, 1). On a GPU it replays a CUDA graph, avoiding the
-    launch overhead of each kernel.
+    """A function from the newest tokens (B, 1) to logits (B, 1, V). On a GPU it replays a CUDA
+    graph, avoiding the launch overhead of each kernel.
     """
-    decode = functools.partial(model, cache=cache)
+
+    def decode(idx):
+        return model(idx, cache=cache)[0]
+
     if not use_graph(new.device):
         return decode
-    new, lengths = new.clone(), cache.lengths.clone()
-    cache.common_length = None  # the graph's shapes must not depend on it
-    with torch.cuda.device(new.device):  # streams and graphs are made on the current one
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # warm-up, as capture requires; its cache entries are overwritten
-                decode(new)
-                cache.lengths.copy_(lengths)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            logits = decode(new)
-
-    def replay(newest):
-        new.copy_(newest)
-        graph.replay()
-        return logits
-
+    lengths, cache.common_length = cache.lengths.clone(), None  # no shape depends on the lengths
+    with torch.cuda.device(new.device):  # graphs are made on the current device
+        replay = torch.cuda.make_graphed_callables(decode, (new.clone(),), num_warmup_iters=1)
+    cache.lengths.copy_(lengths)  # as before the warm-up, whose entries are overwritten
     return replay
 
 
 def use_graph(device) -> bool:
     """Whether to use a CUDA graph: not in autocast (caches weight casts) or fsdp (collectives)."""
     return device.type == "cuda" and world_size() == 1 and not torch.is_autocast_enabled("cuda")
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for bf16 inference on a CPU, its weights prepacked for oneDNN: about twice as
-    fast at 8 rows.
-    """
-
-    def __init__(self, linear, rows):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_linears(model, rows=1):
-    """Replace the linear layers of a bf16 model on a CPU by PackedLinears for this many rows; from
-    then on the model can only generate. For one row, PyTorch's own kernel is faster.
-    """
-    weight = next(model.parameters())
-    if rows == 1 or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return
-    for module in list(model.modules()):
-        for name, layer in list(module.named_children()):
-            if type(layer) is nn.Linear:
-                setattr(module, name, PackedLinear(layer, rows))
 
 
 # ---------------------------------------------------------------- text

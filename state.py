@@ -11,14 +11,7 @@ from config import MODEL_FIELDS, STEP_FIELDS, GPT2Config, differences, to_dict
 from logger import log_row, rank, warn, world_size
 from model import GPT2
 from optim import make_optimizer
-from parallel import (
-    broadcast_from_rank0,
-    compile_model,
-    full_state,
-    is_sharded,
-    load_full_state,
-    shard,
-)
+from parallel import broadcast_from_rank0, compile_model, full_state, load_full_state, shard
 from tokenizer import load_tokenizer
 from utils import autocast, set_up_device, to_device
 
@@ -44,17 +37,22 @@ class TrainState:
     best_val_loss: float | None = None
     run: str | None = None  # the name of its folder in log_dir
 
+    def zero_grad(self):
+        """Clear gradients; under DDP they are views of its buckets and must stay allocated."""
+        self.optimizer.zero_grad(set_to_none=not isinstance(self.forward, DistributedDataParallel))
+
 
 def build_state(config: GPT2Config, device, sampler, saved=None, initial=None) -> TrainState:
     """Model and optimizer on the device, sharded, compiled and replicated as config says; with the
     state of a checkpoint (saved), or with the weights of a trained model (initial).
     """
-    set_up_device(device, thrifty=is_sharded(config) or config.activation_checkpointing)
+    replicated, sharded = (world_size() > 1 and config.parallel == way for way in ("ddp", "fsdp"))
+    set_up_device(device, thrifty=sharded or config.activation_checkpointing)
     torch.manual_seed(config.seed)  # for initial weights
     model = GPT2(config).to(device, torch.float64 if config.dtype == "float64" else torch.float32)
     if initial is not None:
         checkpoint.load_weights(model, crop_positions(initial, config.block_size))
-    if is_sharded(config):
+    if sharded:
         shard(model, device, config.dtype)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
@@ -63,14 +61,14 @@ def build_state(config: GPT2Config, device, sampler, saved=None, initial=None) -
     if saved is not None:
         load_full_state(model, optimizer, saved["model"], saved["optimizer"])
         if scaler.is_enabled() and saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
+            scaler.load_state_dict(scaler.state_dict() | saved["scaler"])
         if saved["rng"]:
             torch.set_rng_state(saved["rng"]["torch"])
         state.step, state.best_val_loss = saved["step"], saved["best_val_loss"]
         state.run = saved["run"]
     if config.compile:
         state.forward = compile_model(model)
-    if world_size() > 1 and not is_sharded(config):
+    if replicated:
         state.forward = DistributedDataParallel(state.forward, gradient_as_bucket_view=True)
         # DDP rebuilds its buckets after the first backward, which changes summation order: do one
         # dummy backward here, so that a resumed run sums in the same order
@@ -78,56 +76,36 @@ def build_state(config: GPT2Config, device, sampler, saved=None, initial=None) -
         with autocast(device, config.dtype):
             loss = state.forward(x, y)[1]
         loss.backward()
-        zero_grad(state)
+        state.zero_grad()
     return state
 
 
-def zero_grad(state):
-    """Clear gradients; under DDP they are views of its buckets and must stay allocated."""
-    replicated = isinstance(state.forward, DistributedDataParallel)
-    state.optimizer.zero_grad(set_to_none=not replicated)
-
-
 class FoundInf:
-    """Whether loss and gradients are finite. On CUDA the optimizer's kernel skips a non-finite step
-    by itself, and the host learns of it one step later: nothing waits for the device.
+    """Skips steps whose loss or gradients are not finite, and every step after more than `may_skip`
+    of them in a row. Counts on the device: the host waits for it only to read.
     """
 
     def __init__(self, device, may_skip: int, checkpoint_dir: str):
-        self.on_cuda, self.may_skip = device.type == "cuda", may_skip
-        self.checkpoint_dir, self.skipped, self.pending = checkpoint_dir, 0, None
+        self.may_skip, self.checkpoint_dir = may_skip, checkpoint_dir
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps in a row
 
-    def check(self, loss, grad_norm, optimizer, step: int) -> bool:
-        """Whether to call optimizer.step(); on CUDA always True, as the kernel skips by itself.
-        Raises NonFiniteError, on CUDA for the step before.
-        """
-        self.read()
-        found_inf = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        arrival = None
-        if self.on_cuda:
-            optimizer.found_inf = found_inf.float()
-            found_inf = found_inf.to("cpu", non_blocking=True)
-            arrival = torch.cuda.Event()
-            arrival.record()
-        self.pending = found_inf, arrival, step
-        return self.on_cuda or self.read()
+    def check(self, loss, grad_norm, optimizer) -> bool:
+        """Whether to call optimizer.step(). On CUDA always: found_inf makes its kernel skip."""
+        finite = loss.isfinite() & grad_norm.isfinite() & (self.skipped <= self.may_skip)
+        self.skipped = torch.where(finite, 0, self.skipped + 1)
+        if loss.device.type != "cuda":
+            return bool(finite)
+        optimizer.found_inf = (~finite).float()
+        return True
 
-    def read(self) -> bool:
-        """Resolve the pending check; True if finite."""
-        if self.pending is None:
-            return True
-        found_inf, arrival, step = self.pending
-        self.pending = None
-        if arrival is not None:
-            arrival.synchronize()
-        self.skipped = self.skipped + 1 if found_inf else 0
-        if self.skipped > self.may_skip:
+    def read(self, step: int):
+        """NonFiniteError if more than may_skip of the steps before number `step` were skipped."""
+        if (over := int(self.skipped) - self.may_skip) > 0:
             raise NonFiniteError(
-                f"loss or gradient is not finite near step {step + 1}; weights were left as they "
-                f"were, the last checkpoint is in {self.checkpoint_dir}; try a smaller "
+                f"loss or gradient is not finite in step {step - over + 1}; weights were left as "
+                f"they were, the last checkpoint is in {self.checkpoint_dir}; try a smaller "
                 "--learning_rate, a longer --warmup_iters or --dtype float32"
             )
-        return not found_inf
 
 
 # ---------------------------------------------------------------- saved
@@ -135,7 +113,7 @@ class FoundInf:
 
 def save_state(state: TrainState, config: GPT2Config, dataset, tokenizer, names):
     """Rank 0 writes checkpoints with these names (checkpoint.LATEST ...); every rank must call."""
-    state.found_inf.read()  # raise before saving if the last step failed
+    state.found_inf.read(state.step)  # raise, and do not save
     weights, optimizer_state = full_state(state.model, state.optimizer)
     contents = {
         "format": checkpoint.FORMAT,
@@ -160,24 +138,24 @@ def save_state(state: TrainState, config: GPT2Config, dataset, tokenizer, names)
             checkpoint.save(folder / name, contents)
 
 
-def find_checkpoint(config: GPT2Config, dataset, insist: bool) -> dict | None:
+def find_checkpoint(config: GPT2Config, dataset, insist: bool, rename=True) -> dict | None:
     """The newest intact checkpoint, or None; logs which file and why. Rank 0 reads the file; other
     ranks get the same dict without tensors. Raises CheckpointError, and ValueError, with a line for
-    each difference, if it is of a different run.
+    each difference, if it is of a different run. rename: whether damaged ones become *.damaged.
     """
     found = []
 
     def read():
-        found.append(_newest(config, dataset, insist))
+        found.append(_newest(config, dataset, insist, rename))
         return found[0] and found[0] | {"model": {}, "optimizer": bool(found[0]["optimizer"])}
 
     outline = broadcast_from_rank0(read)
     return found[0] if found else outline
 
 
-def _newest(config, dataset, insist):
+def _newest(config, dataset, insist, rename):
     """What find_checkpoint does on rank 0."""
-    found = checkpoint.latest(config.checkpoint_dir)
+    found = checkpoint.latest(config.checkpoint_dir, rename)
     if found is None and insist:
         message = f"--resume: no checkpoint in {config.checkpoint_dir}; leave the flag out"
         raise checkpoint.CheckpointError(message)
@@ -185,7 +163,7 @@ def _newest(config, dataset, insist):
         return None
     path, saved, damaged = found
     for line in damaged:
-        warn(f"passed over and kept as *.damaged: {line}")
+        warn(f"passed over{' and kept as *.damaged' * rename}: {line}")
     unlike = differences(saved["config"], config, ("vocab_size", *MODEL_FIELDS, "optimizer"))
     mine, theirs = dataset.meta["tokenizer"], saved["tokenizer"]
     if not theirs or load_tokenizer(theirs).hash() != mine["sha256"]:

@@ -11,9 +11,12 @@ import torch
 
 # dense bf16/fp16 tensor-core peaks in FLOP/s, from the makers' data sheets
 PEAK_FLOPS = {
+    "B200": 2250e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
     "GH200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -110,15 +113,16 @@ def peak_mb(device: torch.device) -> float | None:
 
 
 def set_up_device(device: torch.device, thrifty: bool = False):
-    """On CUDA: TF32 for the float32 products that autocast leaves. On a CPU: let glibc's malloc
-    keep what large tensors free instead of giving it back to the system, which would map and clear
-    it again in each step: a third of the time of training GPT-2 124M. It costs memory; if thrifty,
-    a tensor of 1 MB or more has its own mapping, which goes when it does.
+    """On CUDA: TF32 for the float32 products that autocast leaves; no cuDNN attention, which makes
+    a plan for each new length. On a CPU: let glibc's malloc keep what large tensors free instead of
+    giving it back to the system, which would map and clear it again in each step: a third of the
+    time of training GPT-2 124M. It costs memory; if thrifty, a tensor of 1 MB or more has its own
+    mapping, which goes when it does.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.enable_cudnn_sdp(False)
     elif device.type == "cpu":
         trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names of mallopt(3)
         if thrifty:
@@ -131,9 +135,26 @@ def set_up_device(device: torch.device, thrifty: bool = False):
                 libc.mallopt(name, value)
 
 
+@contextlib.contextmanager
+def deterministic(device: torch.device, on: bool = True):
+    """On CUDA: whether kernels must give the same numbers in every run; operators that have no such
+    kernel raise RuntimeError. Other devices are left as they are.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA and numpy have an exception for it; a CPU's allocator and Apple's only say so."""
-    said = "out of memory" in str(error) or "DefaultCPUAllocator" in str(error)
+    """CUDA and numpy have exceptions for it; cuBLAS, a CPU's allocator and Apple's only say so."""
+    said = re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error)) is not None
     return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 

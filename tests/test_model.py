@@ -272,6 +272,20 @@ def test_activation_checkpointing_changes_no_gradient(position):
     assert all(torch.equal(plain, recomputed) for plain, recomputed in pairs)
 
 
+def test_nothing_is_kept_to_be_recomputed_where_there_is_no_gradient(monkeypatch):
+    monkeypatch.setattr(model_file, "checkpoint", None)
+    model = small(activation_checkpointing=True).train()
+    with torch.no_grad():
+        model(torch.zeros(1, 16, dtype=torch.int64))
+
+
+def test_only_the_loss_is_differentiated_where_there_is_one():
+    model, idx = small(), torch.randint(50, (2, 16))
+    logits, loss = model(idx, idx)
+    assert loss.requires_grad and not logits.requires_grad and model(idx)[0].requires_grad
+    assert torch.equal(logits, model(idx)[0])
+
+
 def test_too_long_an_input_is_refused():
     with pytest.raises(ValueError, match="block_size 16"):
         small()(torch.zeros(1, 17, dtype=torch.int64))

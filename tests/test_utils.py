@@ -27,7 +27,9 @@ def test_bad_input_a_device_that_is_none_is_named(name, why):
     [
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA GH200 480GB", 989e12),
-        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", None),
         ("NVIDIA T400 4GB", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 3090 Ti", None),
@@ -51,7 +53,27 @@ def test_out_of_memory_is_recognised_and_other_errors_are_not():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert utils.is_out_of_memory(caught.value) and utils.is_out_of_memory(MemoryError())
+    cublas = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    assert utils.is_out_of_memory(RuntimeError(cublas))
     assert not utils.is_out_of_memory(RuntimeError("mat1 and mat2 do not fit"))
+
+
+def test_cuda_alone_is_set_up_for_the_same_numbers_and_without_cudnn_attention(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    states = []
+    for kind in ("cpu", "cuda"):
+        device = torch.device(kind)
+        with pytest.raises(KeyError), utils.deterministic(device):
+            states.append(torch.are_deterministic_algorithms_enabled())
+            with utils.deterministic(device, on=False):
+                states.append(torch.are_deterministic_algorithms_enabled())
+            raise KeyError
+        states.append(torch.are_deterministic_algorithms_enabled())
+    assert states == [False] * 3 + [True, False, False]
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    utils.set_up_device(device)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.mark.gpu
