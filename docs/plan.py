@@ -7,7 +7,6 @@ docs/scaling.md explains the formulas, under the same letters.
 """
 
 import bisect
-import json
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -15,12 +14,12 @@ from typing import Literal
 
 import torch
 
-from config import GPT2_CONFIGS, GPT2Config, apply_preset, edited_fields, to_dict
-from files import atomic_write
+from bench import columns, publish, settings
+from config import GPT2_CONFIGS
 from logger import human_time, run
 from model import GPT2
 from optim import ORTHOGONALIZE_AT_ONCE
-from options import integer, number, parse, validate
+from options import integer, number
 from utils import PEAK_FLOPS
 
 GPUS = {  # name in PEAK_FLOPS, GB of memory (the makers' figures)
@@ -45,18 +44,16 @@ class PlanOptions:
     save: str | None = None  # write the JSON to this file too
 
 
-def settings(argv) -> tuple[PlanOptions, GPT2Config]:
-    """Options and the config that the flags describe; its preset, if none is named, is gpt2."""
+def plan_settings(argv) -> tuple:
+    """Options and config; where the flags do not say, the fewest micro-batches that make no smaller
+    a step than the preset's.
+    """
     usage = "bench.py plan [--gpus N] [--gpu NAME] [any setting of train.py]"
-    (options, flags), given, found = parse(argv, __doc__, PlanOptions, GPT2Config, usage=usage)
-    if found:
-        raise ValueError("\n".join(problem.message for problem in found))
-    preset = apply_preset(GPT2Config(), GPT2_CONFIGS.get(flags.preset, {}), edited_fields())
-    config = replace(preset, **{name: getattr(flags, name) for name in given & vars(flags).keys()})
-    validate(config)
+    options, config, given = settings(argv, __doc__, PlanOptions, usage)
     config.dtype, gpus = config.dtype or "bfloat16", options.gpus
-    if "gradient_accumulation_steps" not in given:  # the fewest that make no smaller a step
-        sequences = preset.batch_size * preset.gradient_accumulation_steps
+    if "gradient_accumulation_steps" not in given:
+        preset = GPT2_CONFIGS["gpt2"] | GPT2_CONFIGS.get(config.preset, {})
+        sequences = preset["batch_size"] * preset["gradient_accumulation_steps"]
         config.gradient_accumulation_steps = math.ceil(sequences / config.batch_size / gpus) * gpus
     return options, config
 
@@ -166,21 +163,9 @@ def plan_text(report) -> str:
     return f"{text}\n{columns({'GB a process': plans} | rows)}"
 
 
-def columns(rows: dict) -> str:
-    """A line a row: its name and its cells."""
-    lines = (f"{name:22}" + "".join(f"{cell:>13}" for cell in row) for name, row in rows.items())
-    return "\n".join(lines)
-
-
 def main(argv=None) -> int:
-    options, config = settings(argv)
-    report = {"work": "plan", "options": vars(options) | {"config": to_dict(config)}}
-    report |= make_plan(options, config)
-    line = json.dumps(report) + "\n"
-    if options.save is not None:
-        with atomic_write(options.save, "w") as file:
-            file.write(line)
-    print(plan_text(report), line, sep="\n", end="")
+    options, config = plan_settings(argv)
+    publish(plan_text, "plan", options, config, make_plan(options, config))
     return 0
 
 

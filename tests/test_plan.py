@@ -1,23 +1,17 @@
 """docs/plan.py (`bench.py plan`) says what runs take."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 
+import plan as script
 import pytest
 import torch
-from conftest import ROOT
 
 import model as model_file
 from config import GPT2Config
 from logger import run
 from model import GPT2
 from utils import autocast
-
-spec = importlib.util.spec_from_file_location("plan", ROOT / "docs" / "plan.py")
-script = sys.modules["plan"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
 
 
 @pytest.mark.parametrize(
