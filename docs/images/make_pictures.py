@@ -1,11 +1,12 @@
-"""Make README's pictures from a real run: its loss curve, TensorBoard, and generate.py at work.
+"""Make README's pictures from a real run: curves, TensorBoard, generate.py and playground.py.
 
     python prepare_data.py --dataset shakespeare && python train.py
-    python docs/images/make_pictures.py                 # loss.svg, tensorboard.png, terminal.svg
+    python docs/images/make_pictures.py                 # all of them
     python docs/images/make_pictures.py --only loss --log_dir runs --output /tmp
 
 Needs the packages of requirements-dev.txt, a run in ./runs, its model in ./checkpoints and, for
-TensorBoard's picture, Chromium or Chrome. The curve is that of the newest run.
+what is seen in a browser, Chromium or Chrome, with chromedriver for playground.py. The curve is
+that of the newest run.
 """
 
 import contextlib
@@ -99,20 +100,25 @@ def add_clock(axes, steps, seconds):
 
 
 def tensorboard_page(options) -> bytes:
-    """A PNG of TensorBoard's Custom Scalars, whose layout train.py writes."""
+    """A PNG of TensorBoard's curves."""
+    browser = find_browser(options)
+    newest_records(options.log_dir)
+    with tensorboard(options.log_dir) as address:
+        return screenshot(browser, f"{address}#timeseries&_smoothingWeight=0")
+
+
+def find_browser(options):
     browser = options.browser or next(filter(shutil.which, BROWSERS), "chromium")
     if shutil.which(browser) is None:
         raise ValueError(
             f"--browser {browser}: not found; apt-get install chromium, or name a Chrome's path"
         )
-    newest_records(options.log_dir)
-    with tensorboard(options.log_dir) as address:
-        return screenshot(browser, f"{address}#custom_scalars&_smoothingWeight=0")
+    return shutil.which(browser)
 
 
 @contextlib.contextmanager
 def tensorboard(log_dir):
-    """The address of a TensorBoard on a free port of this machine, as soon as it has the layout."""
+    """The address of a TensorBoard on a free port of this machine, as soon as it has curves."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(log_dir)]
     command += ["--host", "127.0.0.1", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -121,21 +127,21 @@ def tensorboard(log_dir):
             address = next(filter(None, said), None)
             if address is None:
                 raise ValueError("TensorBoard does not start: pip install -r requirements-dev.txt")
-            wait_for_layout(address[0])
+            wait_for_curves(address[0])
             yield address[0]
         finally:
             process.terminate()
 
 
-def wait_for_layout(address):
+def wait_for_curves(address):
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
-        with direct.open(f"{address}data/plugin/custom_scalars/layout") as answer:
+        with direct.open(f"{address}data/plugin/scalars/tags") as answer:
             if json.load(answer):
                 return
         time.sleep(0.2)
-    raise ValueError("TensorBoard finds no layout in the runs; an older train.py wrote none")
+    raise ValueError("TensorBoard finds no curves in the runs")
 
 
 def screenshot(browser, address) -> bytes:
@@ -156,6 +162,56 @@ def screenshot(browser, address) -> bytes:
             reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
             raise ValueError(f"{browser} made no picture: {reason}")
         return picture.read_bytes()
+
+
+# ---------------------------------------------------------------- the playground
+
+# types a text, has it continued, and chooses the token before which the cursor is put
+PLAY = """
+const [text, cursor, done] = arguments, find = selector => document.querySelector(selector);
+const until = (ready, next) => ready() ? next() : setTimeout(() => until(ready, next), 100);
+until(() => find("#settings input"), () => {
+  find("#text").value = text;
+  find("#text").dispatchEvent(new Event("input"));
+  find("#write").click();
+  until(() => find("#status").textContent.includes("a second"), () => {
+    for (const turn of [1, 2]) find("#language").click();  // says the length again, not the speed
+    find("#text").focus();
+    find("#text").setSelectionRange(cursor, cursor);
+    until(() => find("tr.drawn"), () => { find("#text").blur(); scrollTo(0, 0); done(); });
+  });
+});
+"""
+
+
+def playground(options) -> bytes:
+    """A PNG of playground.py: a text that the model has written, and one of its tokens."""
+    from selenium import webdriver
+
+    chrome, driver = webdriver.ChromeOptions(), shutil.which("chromedriver")
+    chrome.binary_location = find_browser(options)
+    if driver is None:
+        raise ValueError("chromedriver is missing: apt-get install chromium-driver")
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-proxy-server", "hide-scrollbars"):
+        chrome.add_argument(f"--{flag}")
+    command = [sys.executable, str(ROOT / "playground.py"), "--port", "0"]
+    command += [] if options.checkpoint is None else ["--checkpoint", options.checkpoint]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = ""
+            while (found := re.search(r"http://127\S+", said)) is None:
+                if not (line := process.stderr.readline()):
+                    raise ValueError(f"playground.py does not start: {said.split('error: ')[-1]}")
+                said += line
+            service = webdriver.ChromeService(driver)
+            with webdriver.Chrome(options=chrome, service=service) as page:
+                page.set_window_size(1280, 940)
+                page.set_script_timeout(PATIENCE)
+                page.get(found[0])
+                page.execute_async_script(PLAY, "ROMEO:\nShall I", 62)
+                return page.get_screenshot_as_png()
+        finally:
+            process.terminate()
 
 
 # ---------------------------------------------------------------- the terminal
@@ -209,6 +265,7 @@ PICTURES = {
     "loss": ("loss.svg", loss_curve),
     "tensorboard": ("tensorboard.png", tensorboard_page),
     "terminal": ("terminal.svg", terminal),
+    "playground": ("playground.png", playground),
 }
 
 
@@ -217,7 +274,7 @@ class Options:
     # what to draw, and from what
     only: list[Literal[tuple(PICTURES)]] | None = None  # some of the pictures; unset: all
     log_dir: str = "runs"  # where the runs are
-    checkpoint: str | None = None  # for the terminal; unset: the best of ./checkpoints
+    checkpoint: str | None = None  # for terminal and playground; unset: the best of ./checkpoints
     browser: str | None = None  # for the screenshot; unset: Chromium or Chrome on the PATH
     output: str | None = None  # the folder for the pictures; unset: docs/images
 

@@ -1,0 +1,249 @@
+"""A page in the browser, served from this machine, to write with a model and to look inside it.
+
+    python playground.py --open
+    python playground.py --checkpoint gpt2 --port 8080
+
+From Python: `from playground import attention, candidates, logit_lens, surprise`.
+Shapes: T tokens, P places among them, L layers, H heads, D channels of a head, V vocabulary.
+"""
+
+import asyncio
+import base64
+import json
+import math
+import socket
+import sys
+import time
+import webbrowser
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter, with_config
+
+from checkpoint import ModelOptions, describe_model, load_model
+from files import check_json
+from huggingface import optional
+from logger import log_row, run, warn
+from model import apply_rotary, attention_mask, context_limit, context_start, rotary_cos_sin
+from options import integer, parse_args
+from sampling import Sampling, TextStream, generate_ids, logits_to_probs, prompt_ids
+
+TEXT_TOKENS, REQUEST_BYTES, AT_ONCE = 2048, 2**18, 16  # of a text; of a request; requests
+BODY_SECONDS = 10  # in which a request must be here
+PAUSE_SECONDS = 0.02  # between two messages with new tokens
+SHOWN, COLUMNS = 10, 6  # candidates; tokens in the table of layers
+
+
+@dataclass
+class Options(ModelOptions):
+    # where the page is
+    host: str = "127.0.0.1"  # address to listen on; any other lets other machines in
+    port: integer(0, 65535) = 8000  # 0 takes a free one
+    open: bool = False  # open it in the browser
+
+
+@with_config(extra="forbid")
+@dataclass
+class Ask(Sampling):
+    """What the page sends: a text or the ids of its tokens, a place among them, settings."""
+
+    max_new_tokens: integer(0, TEXT_TOKENS) = 200  # tokens to add to the text
+    text: str = ""
+    ids: list[int] | None = None
+    place: integer(0) = 0
+
+
+def outputs_of(modules, model, ids):
+    """What each of L modules puts out when the model reads ids: (L, T, ...)."""
+    found = []
+    with ExitStack() as hooks:
+        for m in modules:
+            hooks.enter_context(m.register_forward_hook(lambda *args: found.append(args[-1])))
+        model.hidden(torch.tensor([ids], device=next(model.parameters()).device))
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def attention(model, ids, places=slice(None)):
+    """How much tokens attend to themselves and to those before: (L, H, P, T), each row sums to 1.
+
+    ids: T of them, at most block_size; places: which of them attend, P indices, by default all.
+    """
+    config, T = model.config, len(ids)
+    qkv = outputs_of([block.attn.c_attn for block in model.transformer.h], model, ids).float()
+    qk = qkv.view(config.n_layer, T, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)[:2]
+    positions = torch.arange(T, device=qk.device)[None]  # (1, T)
+    if config.position == "rope":
+        qk = apply_rotary(qk, *rotary_cos_sin(positions, qk.shape[-1], qk.dtype))
+    bias = attention_mask(config, positions[:, places], T)  # (1, 1 or H, P, T)
+    bias = bias if bias.is_floating_point() else torch.where(bias, 0.0, -math.inf)
+    q, k = qk[0][:, :, places], qk[1]  # (L, H, P, D), (L, H, T, D)
+    return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]) + bias, dim=-1)
+
+
+@torch.inference_mode()
+def logit_lens(model, ids, places=slice(None)):
+    """What each layer would say comes next if it were the last (nostalgebraist 2020): the final
+    norm and the head applied to the residual stream after each block, logits (L, P, V). ids and
+    places are those of `attention`.
+    """
+    stream = outputs_of(model.transformer.h, model, ids)[:, places]  # (L, P, C)
+    return model.lm_head(model.transformer.ln_f(stream)).float()
+
+
+@torch.inference_mode()
+def candidates(model, ids, sampling=None):
+    """All tokens that could follow ids, the likeliest first: their ids, their probabilities, and
+    those after temperature, top_k and top_p (by default those of Sampling); (V,) each.
+    """
+    sampling, start = sampling or Sampling(), context_start(len(ids), context_limit(model.config))
+    logits = logit_lens(model, ids[start:], [-1])[-1]  # (1, V)
+    p, kept = logits.new_ones(1, 1), logits.argmax(dim=-1, keepdim=True)
+    if sampling.temperature >= 1e-6:  # below, the likeliest is taken
+        p, kept = logits_to_probs(logits, sampling)  # (1, K) each
+    after = torch.zeros_like(logits).scatter(1, kept, p / p.sum())
+    before, order = torch.softmax(logits[0], dim=-1).sort(descending=True, stable=True)
+    return order, before, after[0, order]
+
+
+@torch.inference_mode()
+def surprise(model, ids):
+    """-log2 of each token's probability, in bits: (T,), 0 for the first; T is not limited."""
+    limit = context_limit(model.config)
+    idx = torch.tensor(ids, device=next(model.parameters()).device)
+    nats = torch.zeros(len(ids))
+    for start, places in groupby(range(1, len(ids)), lambda place: context_start(place, limit)):
+        first, *_, last = [*places] * 2
+        logits = model(idx[None, start:last])[0][0, first - 1 - start :].float()  # (P, V)
+        nats[first : last + 1] = F.cross_entropy(logits, idx[first : last + 1], reduction="none")
+    return nats / math.log(2)
+
+
+def look(model, ids, ask) -> dict:
+    """The token at a place: the likeliest and itself, (id, before, after) each, and its rank; its
+    attention (L, H, S) from start on, float32 in base64; and what each layer would have said here
+    and in the places before: ids and probabilities, (L, P) each.
+    """
+    past, present = ids[: max(1, ask.place)], ids[: ask.place + 1]
+    order, before, after = candidates(model, past, ask)
+    rank = (order == ids[ask.place]).nonzero().item() if ask.place < len(ids) else None
+    rows = sorted({*range(min(SHOWN, len(order))), rank or 0})
+    found = (column[rows].nan_to_num().tolist() for column in (order, before, after))
+    starts = [context_start(len(part), context_limit(model.config)) for part in (past, present)]
+    lens = logit_lens(model, past[starts[0] :], slice(-COLUMNS, None))  # (L, P, V)
+    chance, said = lens.softmax(dim=-1).max(dim=-1)
+    weights = base64.b64encode(attention(model, present[starts[1] :], [-1]).cpu().numpy()).decode()
+    answer = {"candidates": list(zip(*found, strict=True)), "rank": rank, "start": starts[1]}
+    answer |= {"said": said.tolist(), "chance": chance.nan_to_num().tolist()}
+    return answer | {"kept": int((after > 0).sum()), "attention": weights}
+
+
+def write(model, ids, ask, tokenizer):
+    """Yield ids, the prompt's and new ones; with the last of them the text of generate.py."""
+    row, text, some, until = TextStream(tokenizer, ask.stop), "", [*ids], 0
+    for [token] in generate_ids(model, [ids], ask, eot_id=tokenizer.eot_id):
+        text += row.push(token)
+        some += [] if token is None else [token]
+        if row.done:
+            break
+        if time.monotonic() > until:  # a message for each would slow a small model down
+            yield {"ids": some}
+            some, until = [], time.monotonic() + PAUSE_SECONDS
+    yield {"ids": some, "text": text + row.push(None)}
+
+
+# ---------------------------------------------------------------- the server
+
+
+def application(model, tokenizer, name, hosts):
+    """The ASGI application; one thread does all the work with the model."""
+    from starlette import applications, responses, routing
+    from starlette.middleware import Middleware, trustedhost
+
+    worker, turn, places = ThreadPoolExecutor(1), asyncio.Lock(), asyncio.Semaphore(AT_ONCE)
+    say = responses.PlainTextResponse
+    page = Path(__file__).with_name("playground.html").read_text("utf-8")
+    policy = "default-src 'self' 'unsafe-inline' data:; base-uri 'none'; frame-ancestors 'none'"
+    page = responses.HTMLResponse(page, headers={"content-security-policy": policy})
+    facts = {"name": name, "about": describe_model(model, tokenizer)}
+    facts |= {"config": asdict(model.config), "settings": TypeAdapter(Ask).json_schema()}
+    with torch.device("meta"):  # the shapes of an int8 model's weights are not among its own
+        shapes = {name: list(p.shape) for name, p in type(model)(model.config).named_parameters()}
+    spelt = [tokenizer.decode_bytes([i]).decode("latin-1") for i in range(tokenizer.vocab_size)]
+    facts |= {"shapes": shapes, "bytes": spelt, "eot": tokenizer.eot_id}
+
+    def in_worker(function, *arguments):
+        return asyncio.get_running_loop().run_in_executor(worker, function, *arguments)
+
+    async def events(ids, ask):
+        async with turn:  # one text at a time; looking at tokens goes on in between
+            pieces = write(model, ids, ask, tokenizer)
+            try:
+                while piece := await in_worker(next, pieces, None):
+                    yield f"data: {json.dumps(piece)}\n\n"
+            finally:  # by the worker, which may be in the middle of a step
+                worker.submit(pieces.close)
+
+    async def answer(request):
+        if request.headers.get("origin", "") not in ("", f"http://{request.headers.get('host')}"):
+            return say("a page from elsewhere cannot use this one", 403)
+        ask = check_json(await asyncio.wait_for(request.body(), BODY_SECONDS), Ask)
+        ids = ask.ids or prompt_ids(tokenizer, ask.text)
+        if len(ids) > TEXT_TOKENS:
+            raise ValueError(f"the text has {len(ids):,} tokens; the page takes {TEXT_TOKENS:,}")
+        tokenizer.decode_bytes(ids)  # raises for an id that is none
+        if request.url.path == "/write":
+            return responses.StreamingResponse(events(ids, ask), media_type="text/event-stream")
+        if request.url.path == "/look":
+            return responses.JSONResponse(await in_worker(look, model, ids, ask))
+        start = context_start(len(ids), context_limit(model.config))
+        bits = (await in_worker(surprise, model, ids)).nan_to_num().tolist()
+        return responses.JSONResponse({"ids": ids, "bits": bits, "start": start})
+
+    async def gate(scope, receive, send):
+        if places.locked():
+            return await say("busy; try again in a moment", 503)(scope, receive, send)
+        async with places:
+            await app(scope, receive, send)
+
+    kinds = (ValueError, TimeoutError, torch.OutOfMemoryError)
+    refuse = {kind: lambda _, error: say(str(error) or "too slow", 400) for kind in kinds}
+    gets = [routing.Route("/", page), routing.Route("/facts", responses.JSONResponse(facts))]
+    paths = ("/read", "/look", "/write")
+    app = applications.Starlette(
+        routes=gets + [routing.Route(path, answer, methods=["POST"]) for path in paths],
+        middleware=[Middleware(trustedhost.TrustedHostMiddleware, allowed_hosts=hosts)],
+        exception_handlers=refuse,
+        max_body_size=REQUEST_BYTES,
+    )
+    return gate
+
+
+def main(argv=None) -> int:
+    options = parse_args(Options, argv, __doc__)
+    uvicorn, _ = (optional(name, "requirements-web.txt") for name in ("uvicorn", "starlette"))
+    try:
+        listener = socket.create_server((options.host, options.port))
+    except OSError as error:
+        raise ValueError(f"--port {options.port}: {error.strerror}; try --port 0") from None
+    model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
+    hosts = ["*"] if options.host in ("", "0.0.0.0") else ["127.0.0.1", "localhost", options.host]
+    if options.host not in ("127.0.0.1", "localhost"):
+        warn(f"--host {options.host}: whoever reaches this machine can use the model")
+    app = application(model, tokenizer, options.checkpoint or "./checkpoints", hosts)
+    address = f"http://{options.host or '127.0.0.1'}:{listener.getsockname()[1]}"
+    log_row("page", f"{address} (Ctrl-C ends it)")
+    if options.open:
+        webbrowser.open(address)
+    config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+    uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
