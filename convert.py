@@ -1,7 +1,8 @@
-"""Convert models: from and to Hugging Face, from nanoGPT.
+"""Convert models: from and to Hugging Face, to llama.cpp's GGUF, from nanoGPT.
 
     python convert.py from_hf gpt2 gpt2.pt        # or a folder, or any org/name
     python convert.py to_hf checkpoints/best_checkpoint.pt my-model
+    python convert.py to_gguf checkpoints/best_checkpoint.pt model.gguf
     python convert.py from_nanogpt out/ckpt.pt adopted.pt
 
 From Python no conversion is needed:
@@ -10,49 +11,66 @@ From Python no conversion is needed:
     model, tokenizer = load_model("gpt2")
 """
 
+import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel
 
 import checkpoint
+import files
 import huggingface
 from checkpoint import load_model as load_model  # README's name for it
-from config import GPT2Config
+from config import MODEL_FIELDS, STEP_FIELDS, GPT2Config, to_dict
 from huggingface import BUFFERS, EMBEDDING, GPT2_SIZE, HEAD
-from logger import log_row, run
+from logger import log_row, perplexity, run, warn
 from options import Problem, parse_args
 from tokenizer import GPT2Tokenizer, load_tokenizer
 
 NANOGPT_PADDED = 50304  # nanoGPT pads GPT-2's vocabulary with 47 tokens that no text has
 
 
+GGUF_TYPES = {"f32": "ALL_F32"} | {t: f"MOSTLY_{t.upper()}" for t in ("f16", "bf16", "q8_0")}
+FLAG_OF = {"push": "to_hf", "type": "to_gguf", "tokenizer": "from_nanogpt", "gelu": "from_nanogpt"}
+
+
 @dataclass
 class Options:
     # what to convert
-    command: Literal["from_hf", "to_hf", "from_nanogpt"]  # from where, or to where
+    command: Literal["from_hf", "to_hf", "to_gguf", "from_nanogpt"]  # from where, or to where
     source: str  # gpt2 ... gpt2-xl, org/name, a folder; a checkpoint; nanoGPT's ckpt.pt
-    target: str  # the checkpoint to write; to_hf: the folder, new or empty
+    target: str  # the file to write; to_hf: the folder, new or empty
+    # to_hf
+    push: str | None = None  # org/name on the hub, where the folder goes too
+    # to_gguf
+    type: Literal[*GGUF_TYPES] = "f32"  # of the matrices; all else is f32
     # from_nanogpt
     tokenizer: str | None = None  # the data set's tokenizer.json; unset: GPT-2's, if its size fits
     gelu: Literal["exact", "tanh"] = "exact"  # tanh: trained before May 2023
 
     def problems(self):
-        for name, default in (("tokenizer", None), ("gelu", "exact")):
-            if self.command != "from_nanogpt" and getattr(self, name) != default:
-                yield Problem((name, "command"), f"--{name}: for from_nanogpt only")
+        for name, command in FLAG_OF.items():
+            if self.command != command and getattr(self, name) != getattr(Options, name):
+                yield Problem((name, "command"), f"--{name}: for {command} only")
+        if self.push and not re.fullmatch(huggingface.REPOSITORY, self.push):
+            yield Problem(("push",), f"--push {self.push}: must be a name on the hub, org/name")
 
 
 def main(argv=None) -> int:
     options = parse_args(Options, argv, __doc__, usage="convert.py COMMAND SOURCE TARGET [flags]")
     source, target = options.source, Path(options.target)
     if options.command == "to_hf":
-        to_hf(source, target)
+        to_hf(source, target, options.push)
         return 0
     if target.exists():
         raise ValueError(f"{target} is there already; choose another name")
+    if options.command == "to_gguf":
+        to_gguf(source, target, options.type)
+        return 0
     if options.command == "from_nanogpt":
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
         state, name = read_nanogpt(source, tokenizer, options.gelu), source
@@ -71,8 +89,46 @@ def main(argv=None) -> int:
     return 0
 
 
-def to_hf(spec, folder):
-    """Write a model and its tokenizer as a folder for transformers and whatever reads its format.
+# ---------------------------------------------------------------- Hugging Face
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2]
+---
+# {name}
+
+A GPT-2: {facts}, context {block_size:,} tokens.
+
+## Training
+
+{training}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModelForCausalLM.from_pretrained("{repo}")
+ids = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=100, do_sample=True)
+print(tokenizer.decode(ids[0]))
+```
+
+It writes what its training text makes likely, true or not; nothing else was tested.
+
+## Config
+
+```json
+{config}
+```
+"""
+
+
+def to_hf(spec, folder, push: str | None = None):
+    """Write a model and its tokenizer as a folder for transformers and whatever reads its format;
+    push: the repository on the hub, org/name, to upload it to.
 
     Raises ValueError for a folder that is not empty and for what GPT-2 there cannot be.
     """
@@ -80,11 +136,120 @@ def to_hf(spec, folder):
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_free or folder.resolve() == Path.cwd():
         raise ValueError(f"{folder} is not empty, or the current folder; choose another name")
-    model, tokenizer = checkpoint.build(*checkpoint.load_state(spec))
-    names = huggingface.write_hf(folder, model.config, model.state_dict(), tokenizer)
+    if push:
+        huggingface.check_token(push)
+    state, name = checkpoint.load_state(spec)
+    model, tokenizer = checkpoint.build(state, name)
+    card = model_card(state, name, push or folder.resolve().name, model, tokenizer)
+    names = huggingface.write_hf(folder, model.config, model.state_dict(), tokenizer, card)
     log_row("wrote", f"{folder}: {', '.join(names)}", "green")
+    if push:
+        log_row("pushed", huggingface.upload(folder, push), "green")
     if tokenizer is not None:
         checkpoint.log_next_generate(folder)
+
+
+def model_card(state, source, repo, model, tokenizer) -> str:
+    """A folder's README.md: what the model is, what it was trained on, its loss, how to use it."""
+    config, names = to_dict(model.config), ["vocab_size", *MODEL_FIELDS]
+    training = f"Converted from {source}, which says nothing about its training."
+    if state["step"] > 0:
+        names += STEP_FIELDS
+        training = f"{state['step']:,} steps on the data set `{Path(config['data_dir']).name}`."
+    if (loss := state["best_val_loss"]) is not None:
+        training += f" Best validation loss {loss:.4f} nats, perplexity {perplexity(loss):.2f}."
+    return CARD.format(
+        name=repo.rsplit("/")[-1],
+        facts=checkpoint.describe_model(model, tokenizer),
+        block_size=model.config.block_size,
+        training=training,
+        repo=repo,
+        config=json.dumps({name: config[name] for name in names}, indent=2),
+    )
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+def to_gguf(spec, path, kind: str = "f32"):
+    """Write a model and its tokenizer as one file for llama.cpp; kind: a key of GGUF_TYPES.
+
+    The file is read back and compared before it gets its name. Raises ValueError for what
+    llama.cpp's GPT-2 cannot be, files.WriteError.
+    """
+    gguf = huggingface.optional("gguf")
+    model, tokenizer = checkpoint.build(*checkpoint.load_state(spec))
+    check_gguf(model.config, tokenizer, kind)
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
+    writer.add_name(Path(path).stem)
+    writer.add_file_type(gguf.LlamaFileType[GGUF_TYPES[kind]])
+    add_fields(writer, model.config, tokenizer, gguf.TokenType)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
+    tensors = {}  # their layout is (out, in), as ours is
+    for key, tensor in huggingface.tensors_to_hf(model.state_dict(), transposed=()).items():
+        is_f32 = tensor.ndim == 1 or ".wpe." in key
+        stored = gguf.GGMLQuantizationType["F32" if is_f32 else kind.upper()]
+        name, data = names.get_name(key, (".weight", ".bias")), tensor.float().numpy()
+        with np.errstate(over="ignore"):
+            tensors[name] = gguf.quantize(data, stored)
+        if not np.isfinite(gguf.dequantize(tensors[name], stored)).all():
+            raise ValueError(f"{key} has values beyond the range of {kind}; take --type bf16")
+        writer.add_tensor(name, tensors[name], raw_dtype=stored)
+    with files.atomic_write(path) as file:
+        writer.write_header_to_file(Path(file.name))
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        if not is_written(gguf.GGUFReader(file.name), writer, tensors):
+            raise OSError("what was read back is not what was written")
+    log_row("wrote", f"{path}: {kind}, {len(tensors)} tensors, read back and compared", "green")
+
+
+def check_gguf(config: GPT2Config, tokenizer, kind):
+    """ValueError, with the remedy, for a model that llama.cpp's GPT-2 cannot be."""
+    huggingface.check_is_gpt2(config)
+    if config.gelu == "exact":
+        warn("gelu: exact here, tanh in llama.cpp; an activation differs by 0.0005 at most")
+    if tokenizer is None or tokenizer.kind == "char":
+        kind = "a char" if tokenizer else "no"
+        raise ValueError(f"{kind} tokenizer: llama.cpp needs bpe or gpt2; use to_hf")
+    if tokenizer.eot_id is None:
+        raise ValueError("no end of text: llama.cpp would take token 11 for it; use to_hf")
+    if kind == "q8_0" and config.n_embd % 32:
+        raise ValueError(f"n_embd {config.n_embd}: q8_0 needs a multiple of 32; take --type f16")
+
+
+def add_fields(writer, config: GPT2Config, tokenizer, types):
+    """Everything but the tensors: sizes, and the vocabulary in the order of its ids."""
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(float(np.float32(1e-5)))  # as it is stored
+    ids, special = tokenizer.id_of | tokenizer.special, tokenizer.special
+    tokens = sorted(ids, key=ids.get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([types.CONTROL if t in special else types.NORMAL for t in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer.merges()])
+    writer.add_bos_token_id(tokenizer.eot_id)
+    writer.add_eos_token_id(tokenizer.eot_id)
+    writer.add_add_bos_token(False)
+
+
+def is_written(found, writer, tensors) -> bool:
+    """Whether a GGUF that was read has the writer's fields and these tensors, bit for bit."""
+    there = {tensor.name: tensor.data for tensor in found.tensors}
+    return there.keys() == tensors.keys() and all(
+        [np.array_equal(there[name], tensors[name]) for name in tensors]
+        + [found.fields[key].contents() == f.value for key, f in writer.kv_data[0].items()]
+    )
+
+
+# ---------------------------------------------------------------- nanoGPT
 
 
 class NanoGPT(BaseModel):

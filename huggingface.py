@@ -3,6 +3,7 @@
 Nothing is unpickled: config and tokenizer are JSON, weights are safetensors.
 """
 
+import contextlib
 import errno
 import hashlib
 import importlib
@@ -11,13 +12,15 @@ import re
 import shutil
 from pathlib import Path
 
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 
 import files
 from config import GPT2_CONFIGS, MODEL_FIELDS, GPT2Config, dtype_name
 from logger import log_row
 from options import problems
-from tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, GPT2Tokenizer
+from tokenizer import END_OF_TEXT, MOST_SPECIAL, BPETokenizer, CharTokenizer, GPT2Tokenizer
 
 # Tensors have the same names on both sides. Weights that end so are transposed there, because
 # transformers' Conv1D multiplies from the other side.
@@ -26,27 +29,25 @@ HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"  # tied
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks in older files, not weights
 GPT2_SIZE = 50257  # GPT-2's vocabulary
 GPT2_TOKENS = "0ffec638c558c04f8109a85e6f929045ccc4dfd3c19dacd20700b60cef5b5575"  # sha256
-SIZES = {  # ours: theirs in GPT-2, theirs in other models
-    "vocab_size": ("vocab_size",),
-    "block_size": ("n_positions", "max_position_embeddings"),
-    "n_layer": ("n_layer", "num_hidden_layers"),
-    "n_head": ("n_head", "num_attention_heads"),
-    "n_embd": ("n_embd", "hidden_size"),
+SIZES = {"block_size": "n_positions"} | {  # ours: theirs
+    name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")
 }
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}  # theirs: ours
-ALIKE = {  # what else config.json has to say, if it says it; reorder_and_upcast_attn only rounds
-    "model_type": "gpt2",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
+SAME = {  # what config.json may say, if it says it; reorder_and_upcast_attn only rounds
+    "model_type": ("gpt2",),
+    "activation_function": tuple(GELU),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
 }
 HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS if "gpt2" in name} | {
     "distilgpt2": "distilbert/distilgpt2"
 }
-TOKENIZER_FILES = "tokenizer.json vocab.json merges.txt vocab.txt spiece.model tokenizer.model"
-HUB_FILES = f"config.json model*.safetensors* tokenizer_config.json {TOKENIZER_FILES}"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+HUB_FILES = ("config.json", "model*.safetensors*", "tokenizer_config.json", *TOKENIZER_FILES)
+REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"  # org/name
 
 
 # ---------------------------------------------------------------- reading a folder
@@ -65,7 +66,13 @@ def read_hf(folder: Path, name: str):
         )
     config = config_from_hf(files.read_json(folder / "config.json"), name)
     safetensors, tensors = optional("safetensors"), {}
-    for path in _weight_files(folder, name):
+    paths = [*folder.glob("model.safetensors")] or [*folder.glob("model-*-of-*.safetensors")]
+    if not paths:
+        raise ValueError(
+            f"{name}: no model.safetensors; a pickle (pytorch_model.bin) may run code and is never "
+            "read: transformers' from_pretrained(NAME).save_pretrained(DIR) converts one you trust"
+        )
+    for path in paths:  # a shard that is missing shows as missing tensors
         try:
             with safetensors.safe_open(path, "pt") as file:
                 for key in file.keys():
@@ -85,48 +92,26 @@ def read_hf(folder: Path, name: str):
 def config_from_hf(found: dict, name: str) -> GPT2Config:
     """Our config from theirs; ValueError with a line for everything that model.py cannot do."""
     shipped = GPT2_CONFIGS["gpt2"] | {"vocab_size": GPT2_SIZE}  # the defaults there too
-    sizes = {
-        ours: next((found[key] for key in theirs if key in found), shipped[ours])
-        for ours, theirs in SIZES.items()
-    }
-    activation, inner = str(found.get("activation_function", "gelu_new")), found.get("n_inner")
-    gelu = GELU.get(activation, "tanh")
+    sizes = {ours: found.get(theirs, shipped[ours]) for ours, theirs in SIZES.items()}
+    gelu = GELU.get(str(found.get("activation_function")), "tanh")
     config = GPT2Config(**sizes, bias=True, position="learned", gelu=gelu)
     lines = [problem.message.removeprefix("--") for problem in problems(config)]
-    for key, only in ALIKE.items():
-        if found.get(key, only) != only:
-            lines.append(f"{key} {found[key]!r}, only {only!r} can be converted")
-    if activation not in GELU:
-        lines.append(f"activation_function {activation!r}, only {', '.join(GELU)} can be converted")
-    if inner is not None and (type(config.n_embd) is not int or inner != 4 * config.n_embd):
-        lines.append(f"n_inner {inner!r}, only 4 x n_embd can be converted")
+    inner = [4 * sizes["n_embd"]] if isinstance(sizes["n_embd"], int) else []
+    for key, values in (SAME | {"n_inner": (None, *inner)}).items():
+        if found.get(key, values[0]) not in values:
+            only = ", ".join(map(str, values))
+            lines.append(f"{key} {found[key]!r}, only {only} can be converted")
     if lines:
         raise ValueError("\n".join(f"{name}: config.json: {line}" for line in lines))
     return config
 
 
-def _weight_files(folder, name):
-    """The safetensors file, or those that the index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if not index.is_file():
-        raise ValueError(
-            f"{name}: no model.safetensors; a pickle (pytorch_model.bin) may run code and is never "
-            "read: transformers' from_pretrained(NAME).save_pretrained(DIR) converts one you trust"
-        )
-    shards = set(map(str, files.read_json(index, dict[str, dict]).get("weight_map", {}).values()))
-    if missing := shards - {path.name for path in folder.glob("*.safetensors")}:
-        raise ValueError(f"{name}: {', '.join(sorted(missing))} of {index.name} is missing")
-    return [folder / shard for shard in sorted(shards)]
-
-
-def optional(package: str):
-    """A module of requirements-hub.txt; ValueError with the pip command if it is missing."""
+def optional(package: str, requirements: str = "requirements-hub.txt"):
+    """A module of a requirements file; ValueError with the pip command if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        command = "pip install -r requirements-hub.txt"
+        command = f"pip install -r {requirements}"
         raise ValueError(f"this needs {package}, which is not installed: {command}") from None
 
 
@@ -136,7 +121,7 @@ def optional(package: str):
 def hub_name(spec: str) -> str | None:
     """The repository that a name stands for; None for what can only be a local path."""
     is_path = spec.endswith(".pt") or Path(spec.partition("/")[0]).is_dir()
-    is_repo = not is_path and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec)
+    is_repo = not is_path and re.fullmatch(REPOSITORY, spec)
     return HUB_NAMES.get(spec, spec if is_repo else None)
 
 
@@ -146,9 +131,36 @@ def download_model(repo: str) -> Path:
     Honours HF_ENDPOINT (a mirror), HF_HOME (the cache) and HF_HUB_OFFLINE. Raises ValueError, one
     line with the remedy.
     """
+    with _hub_problems(repo, "the same command") as hub:
+        return Path(hub.snapshot_download(repo, allow_patterns=HUB_FILES))
+
+
+def check_token(repo: str):
+    """ValueError if nobody is logged in, before any work is done for `upload`."""
+    if not optional("huggingface_hub").get_token():
+        raise ValueError(f"--push {repo}: no token; `hf auth login` keeps one, or set HF_TOKEN")
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Put a folder's files into a repository, which is made if there is none, as one commit;
+    returns its address. Raises ValueError, one line with the remedy.
+    """
+    with _hub_problems(repo, f"`hf upload {repo} {folder}`") as hub:
+        api = hub.HfApi()
+        address = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model")
+    return str(address)
+
+
+@contextlib.contextmanager
+def _hub_problems(repo, again):
+    """The huggingface_hub package; what it raises in here becomes a ValueError that ends with the
+    command to try again.
+    """
     hub = optional("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(repo, allow_patterns=HUB_FILES.split()))
+        yield hub
+        return
     except hub.errors.GatedRepoError:
         reason = "access is by request: ask for it on its page, then `hf auth login`"
     except hub.errors.RepositoryNotFoundError:
@@ -160,51 +172,49 @@ def download_model(repo: str) -> Path:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = f"the download failed, the same command tries again: {first}"
+        reason = f"the transfer failed, {again} tries again: {first}"
     raise ValueError(f"{repo}: {reason}")
 
 
 # ---------------------------------------------------------------- writing a folder
 
 
-def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer) -> list[str]:
+def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer, card: str) -> list[str]:
     """Write a folder for transformers and whatever reads its format, whole or not at all; returns
-    the files' names. Raises ValueError for a model that transformers' GPT-2 cannot be,
-    files.WriteError.
+    the files' names. card: its README.md. Raises ValueError for a model that transformers' GPT-2
+    cannot be, files.WriteError.
     """
     safetensors, save_file = optional("safetensors"), optional("safetensors.torch").save_file
     fields = config_to_hf(config, tokenizer, tensors[EMBEDDING].dtype)
     ends = {key: fields[key] for key in ("bos_token_id", "eos_token_id")}
     written = {"config.json": fields, "generation_config.json": ends}
     if tokenizer is not None:
-        written["tokenizer.json"] = tokenizer_to_hf(tokenizer)
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": config.block_size,
-        }
-        if tokenizer.eot_id is not None:
-            settings |= {"bos_token": tokenizer.eot, "eos_token": tokenizer.eot}
+        written["tokenizer.json"] = json.loads(tokenizer_to_hf(tokenizer).to_str())
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings |= {"clean_up_tokenization_spaces": False, "model_max_length": config.block_size}
+        if tokenizer.eot_id is not None:  # <unk> never occurs, but CTranslate2 asks for one
+            settings |= {f"{name}_token": tokenizer.eot for name in ("bos", "eos", "unk")}
         written["tokenizer_config.json"] = settings
+    texts = {"README.md": card}
+    for name, content in written.items():
+        texts[name] = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with files.atomic_folder(folder) as aside:
         try:
             save_file(tensors_to_hf(tensors), aside / "model.safetensors", {"format": "pt"})
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
-        for name, content in written.items():
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        for name, text in texts.items():
             (aside / name).write_text(text, "utf-8", newline="\n")
         shutil.copymode(aside / "config.json", aside / "model.safetensors")  # safetensors: 0600
-    return ["model.safetensors", *written]
+    return ["model.safetensors", *texts]
 
 
 def config_to_hf(config: GPT2Config, tokenizer, dtype) -> dict:
     """config.json; ValueError for a model that transformers' GPT-2 cannot be."""
-    for name in set(MODEL_FIELDS) - {*SIZES, "bias", "gelu"}:
-        if (value := getattr(config, name)) != getattr(GPT2Config, name):
-            raise ValueError(f"{name} {value!r}: transformers' GPT-2 has no such setting")
+    check_is_gpt2(config)
     eot_id = None if tokenizer is None else tokenizer.eot_id
-    fields = ALIKE | {theirs[0]: getattr(config, ours) for ours, theirs in SIZES.items()}
+    fields = {key: values[0] for key, values in SAME.items()}
+    fields |= {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
     fields["n_ctx"] = config.block_size  # an older name, which llama.cpp's converter reads
     fields["activation_function"] = {"tanh": "gelu_new", "exact": "gelu"}[config.gelu]
     fields |= {"architectures": ["GPT2LMHeadModel"], "dtype": dtype_name(dtype), "n_inner": None}
@@ -212,52 +222,49 @@ def config_to_hf(config: GPT2Config, tokenizer, dtype) -> dict:
     return fields | {"bos_token_id": eot_id, "eos_token_id": eot_id}
 
 
-def tensors_to_hf(tensors: dict) -> dict:
-    """Our tensors under their names and in their layout; missing biases are zeros."""
-    found = {key: tensor for key, tensor in tensors.items() if key != HEAD}  # tied
+def check_is_gpt2(config: GPT2Config):
+    """ValueError naming a setting that GPT-2 does not have elsewhere."""
+    for name in set(MODEL_FIELDS) - {*SIZES, "bias", "gelu"}:
+        if (value := getattr(config, name)) != getattr(GPT2Config, name):
+            raise ValueError(f"{name} {value!r}: GPT-2 has no such setting in other programs")
+
+
+def tensors_to_hf(tensors: dict, transposed=TRANSPOSED) -> dict:
+    """Our tensors without the head, which is tied, and transposed where the names end so; missing
+    biases are zeros.
+    """
+    found = {}
     for key, tensor in tensors.items():
-        if key.endswith(TRANSPOSED):
-            found[key] = tensor.t().contiguous()
+        if key != HEAD:
+            found[key] = tensor.t().contiguous() if key.endswith(transposed) else tensor
         if key.endswith(".weight") and (".h." in key or ".ln_f." in key):
             bias = key.removesuffix("weight") + "bias"
-            found.setdefault(bias, torch.zeros(len(tensor), dtype=tensor.dtype))
+            found[bias] = tensors.get(bias, torch.zeros(len(tensor), dtype=tensor.dtype))
     return found
 
 
 # ---------------------------------------------------------------- tokenizers
 
 
-def tokenizer_to_hf(tokenizer) -> dict:
-    """tokenizer.json for the tokenizers library, which then gives the same ids and text."""
+def tokenizer_to_hf(tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer of the tokenizers library that gives the same ids and text."""
     if tokenizer.kind == "char":
-        ids, special = {c: i for i, c in enumerate(tokenizer.characters)}, {}
-        model = {"type": "WordLevel", "unk_token": "<unk>"}  # not in vocab: unknown is an error
-        split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
-        split["invert"] = False
-        decoder = {"type": "Fuse"}
-    elif not isinstance(tokenizer, BPETokenizer):
-        raise ValueError(f"a {tokenizer.kind} tokenizer has no counterpart in transformers")
+        ids = {character: i for i, character in enumerate(tokenizer.characters)}
+        # <unk> is not among them, so an unknown character is an error
+        made = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+        each = tokenizers.Regex(r"[\s\S]")
+        made.pre_tokenizer = pre_tokenizers.Split(each, "isolated")
+        made.decoder = decoders.Fuse()
+    elif isinstance(tokenizer, BPETokenizer):
+        ids, merges = tokenizer.id_of | tokenizer.special, map(tuple, tokenizer.merges())
+        made = tokenizers.Tokenizer(models.BPE(ids, list(merges)))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        special = sorted(tokenizer.special, key=tokenizer.special.get)
+        made.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in special])
     else:
-        special = tokenizer.special
-        ids = tokenizer.id_of | special
-        model = {"type": "BPE", "merges": tokenizer.merges()}
-        split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        split["use_regex"] = True
-        decoder = split
-    model["vocab"] = dict(sorted(ids.items(), key=lambda item: item[1]))
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": i, "content": text, "special": True} | plain for text, i in special.items()]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": sorted(added, key=lambda token: token["id"]),
-        "normalizer": None,
-        "pre_tokenizer": split,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": model,
-    }
+        raise ValueError(f"a {tokenizer.kind} tokenizer has no counterpart in transformers")
+    return made
 
 
 def read_hf_tokenizer(folder: Path, vocab_size: int):
@@ -265,25 +272,26 @@ def read_hf_tokenizer(folder: Path, vocab_size: int):
 
     A vocabulary of 50,257 without any tokenizer files is taken for GPT-2's.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES.split()):
+    whole, *parts = [folder / name for name in TOKENIZER_FILES]
+    if not any(path.is_file() for path in (whole, *parts)):
         return GPT2Tokenizer() if vocab_size == GPT2_SIZE else None
-    import tokenizers  # only for this
-
     try:
-        settings = folder / "tokenizer_config.json"
-        settings = files.read_json(settings) if settings.is_file() else {}
-        try:
-            if (folder / "tokenizer.json").is_file():
-                found = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            else:
-                paths = [str(folder / name) for name in ("vocab.json", "merges.txt")]
-                found = tokenizers.ByteLevelBPETokenizer.from_file(*paths)
-                found.add_special_tokens([END_OF_TEXT])
-        except Exception as error:  # the library raises nothing more specific
-            parts = "tokenizer.json, nor vocab.json and merges.txt"
-            raise ValueError(f"no readable {parts} ({error})") from None
+        if whole.is_file():
+            spec = files.read_json(whole)
+            if spec.get("normalizer"):  # some make the library panic
+                raise ValueError("its normalizer cannot be had here exactly")
+            if any(len(str(token)) > 2000 for token in spec.get("added_tokens") or ()):
+                raise ValueError("it has a special token of more than 1,000 characters")
+            found = tokenizers.Tokenizer.from_file(str(whole))
+        else:
+            found = tokenizers.ByteLevelBPETokenizer.from_file(*map(str, parts))
+            found.add_special_tokens([END_OF_TEXT])
+        path = folder / "tokenizer_config.json"
+        settings = files.read_json(path) if path.is_file() else {}
         return tokenizer_from_hf(json.loads(found.to_str()), settings, vocab_size)
-    except ValueError as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # Rust's panic is no Exception, and others are nothing but that
         log_row("tokenizer", f"left out: {error}")
         return None
 
@@ -308,6 +316,8 @@ def tokenizer_from_hf(found: dict, settings: dict, vocab_size: int):
     tokens = sorted(ids, key=ids.get)
     spelt = " ".join(tokens)
     special = {text: i for text, i in special.items() if i < vocab_size}
+    if vocab_size > len(ids) + MOST_SPECIAL:
+        raise ValueError(f"it has {len(ids):,} tokens, the model {vocab_size:,}")
     unused = set(range(vocab_size)) - set(ids.values()) - set(special.values())
     special |= {f"<|unused {i}|>": i for i in sorted(unused)}
     is_gpt2 = hashlib.sha256(spelt.encode()).hexdigest() == GPT2_TOKENS
@@ -317,10 +327,9 @@ def tokenizer_from_hf(found: dict, settings: dict, vocab_size: int):
         made = GPT2Tokenizer(tokens)
     else:
         eot = settings.get("eos_token", END_OF_TEXT)
-        eot = eot.get("content") if isinstance(eot, dict) else eot
-        eot = eot if isinstance(eot, str) else None
+        eot = str(eot.get("content") if isinstance(eot, dict) else eot)
         made = BPETokenizer.from_dict({"tokens": spelt, "special": special, "eot": eot})
-    theirs, ours = _parts(found), _parts(tokenizer_to_hf(made))
+    theirs, ours = _parts(found), _parts(json.loads(tokenizer_to_hf(made).to_str()))
     if other := [name for name in theirs if theirs[name] != ours[name]]:
         raise ValueError(f"its {', '.join(other)} cannot be had here exactly")
     if made.vocab_size != vocab_size:
@@ -330,15 +339,13 @@ def tokenizer_from_hf(found: dict, settings: dict, vocab_size: int):
 
 def _parts(spec):
     """The parts of a tokenizer.json that decide how text becomes ids, and ids text."""
-    model, split, after = spec["model"], spec["pre_tokenizer"], spec["post_processor"]
     special = {token["content"] for token in spec["added_tokens"]}
-    off = "dropout continuing_subword_prefix end_of_word_suffix byte_fallback ignore_merges".split()
-    return {
-        "model": (model["type"], [name for name in off if model.get(name)]),
-        "vocabulary": {text: i for text, i in model["vocab"].items() if text not in special},
-        "merges": model.get("merges"),
-        "normalizer": spec["normalizer"],
-        "pre_tokenizer": {k: v for k, v in (split or {}).items() if k != "trim_offsets"},
-        "post_processor": None if after and after["type"] == "ByteLevel" else after,
-        "decoder": (spec["decoder"] or {}).get("type"),
-    }
+    parts = {name: value or None for name, value in (spec | spec["model"]).items()}
+    for name in ("version", "truncation", "padding", "added_tokens", "model", "unk_token"):
+        del parts[name]
+    parts["vocab"] = {text: i for text, i in parts["vocab"].items() if text not in special}
+    parts["pre_tokenizer"] = (parts["pre_tokenizer"] or {}) | {"trim_offsets": None}
+    parts["decoder"] = (parts["decoder"] or {}).get("type")
+    if (parts["post_processor"] or {}).get("type") == "ByteLevel":
+        parts["post_processor"] = None  # it only moves offsets
+    return parts

@@ -1,21 +1,25 @@
 """nanoGPT's checkpoints; models by name."""
 
+import errno
 import math
+import os
 import sys
 from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, TEXT
 from test_checkpoint import Canary, damage
 from test_huggingface import cli, load_double, ours, random_weights, theirs
+from tokenizers import models
 
 import checkpoint
 from checkpoint import CheckpointError
 from config import GPT2Config
-from convert import load_model, to_hf
+from convert import load_model, to_gguf, to_hf
 from model import GPT2
-from tokenizer import CharTokenizer
+from tokenizer import BYTE_OF, SYMBOL_OF, SYMBOLS, BPETokenizer, CharTokenizer, GPT2Tokenizer
 
 # ---------------------------------------------------------------- nanoGPT
 
@@ -121,8 +125,7 @@ def head(value):
     "edit, code, said",
     [
         (head(3), 2, "lm_head.weight"),
-        (head(torch.eye(30, 24).to_sparse()), 2, "lm_head.weight"),
-        (head(torch.empty(30, 24, device="meta")), 2, "lm_head.weight"),
+        (head(torch.eye(30, 24).to_sparse()), 3, "more than plain data"),
         (head(torch.eye(3)), 2, "lm_head.weight"),
         (lambda found, canary: found["model_args"].update(n_layer=10**9), 2, "n_layer 1000000000"),
         (lambda found, canary: found["model_args"].pop("n_head"), 2, "n_head None"),
@@ -145,6 +148,163 @@ def test_damage_to_a_nanogpt_file_is_found(tmp_path, from_nanogpt):
     nanogpt(tmp_path / "ckpt.pt")
     damage(tmp_path / "ckpt.pt")
     assert from_nanogpt()[0] == 3
+
+
+# ---------------------------------------------------------------- GGUF
+
+NAMES = {  # ours: llama.cpp's
+    "transformer.wte": "token_embd", "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm", "transformer.h.": "blk.", "ln_1": "attn_norm",
+    "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
+}  # fmt: skip
+MIXED = TEXT + "今天天气很好，我们去公园散步。" * 20
+
+
+def read_gguf(path):
+    """Its fields, and its tensors as float32."""
+    gguf = pytest.importorskip("gguf")
+    found = gguf.GGUFReader(path)
+    tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in found.tensors}
+    return {name: field.contents() for name, field in found.fields.items()}, tensors
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_a_gguf_has_every_tensor_of_the_model(tmp_path, kind, bias):
+    path = ours(tmp_path / "ours.pt", BPETokenizer.train(MIXED, 400), bias=bias)
+    assert cli("to_gguf", path, tmp_path / "new" / "out.gguf", "--type", kind) == 0
+    fields, tensors = read_gguf(tmp_path / "new" / "out.gguf")
+    for name, w in load_model(path, "cpu", "float32")[0].state_dict().items():
+        for one, other in NAMES.items():
+            name = name.replace(one, other)
+        if name == "lm_head.weight":  # tied: llama.cpp takes token_embd
+            continue
+        found, step = torch.tensor(tensors.pop(name)), torch.zeros(())
+        if w.ndim == 2 and name != "position_embd.weight":
+            w = {"f16": w.half(), "bf16": w.bfloat16()}.get(kind, w).float()
+            if kind == "q8_0":
+                step = (w.unflatten(-1, (-1, 32)).abs().amax(-1) / 127).repeat_interleave(32, -1)
+        assert found.shape == w.shape and ((found - w).abs() <= step).all(), name
+    assert bias or len(tensors) == 13  # six in each block, and the last norm's
+    assert all(name.endswith("bias") and not w.any() for name, w in tensors.items())
+    sizes = ("context_length", 64), ("embedding_length", 32), ("block_count", 2)
+    sizes += ("attention.head_count", 2), ("feed_forward_length", 128)
+    assert all(fields[f"gpt2.{name}"] == size for name, size in sizes)
+
+
+def test_a_gguf_has_the_tokenizer_in_its_order(tmp_path, gpt2_vocabulary):
+    for tokenizer in BPETokenizer.train(MIXED, 400), GPT2Tokenizer():
+        path = tmp_path / f"{tokenizer.kind}.gguf"
+        to_gguf(ours(tmp_path / f"{tokenizer.kind}.pt", tokenizer), path)
+        fields, _ = read_gguf(path)
+        tokens, types, merges, eos, bos, kind, pre = [
+            fields[f"tokenizer.ggml.{name}"]
+            for name in "tokens token_type merges eos_token_id bos_token_id model pre".split()
+        ]
+        assert (kind, pre, eos, bos) == ("gpt2", "gpt-2", tokenizer.eot_id, tokenizer.eot_id)
+        assert len(tokens) == len(types) == tokenizer.vocab_size == fields["gpt2.vocab_size"]
+        assert types == [1] * eos + [3] and tokens[eos] == "<|endoftext|>"
+        ids = dict(zip(tokens, range(len(tokens)), strict=True))
+        made = models.BPE(ids, [tuple(pair.split(" ")) for pair in merges])
+        for word in "Ġthe Ġquick jumps 天天 Ġé".split():
+            word = "".join(SYMBOL_OF[byte] for byte in word.replace("Ġ", " ").encode())
+            text = bytes(BYTE_OF[symbol] for symbol in word).decode()
+            assert [token.id for token in made.tokenize(word)] == tokenizer.encode(text)
+
+
+def huge(path):
+    state = checkpoint.load(path)
+    state["model"]["transformer.h.0.mlp.c_fc.weight"][0, 0] = 1e6
+    checkpoint.save(path, state)
+
+
+REFUSED = [  # tokenizer, settings, what is done to the checkpoint, flags, exit code, what is said
+    (CharTokenizer.train("ab"), {}, None, (), 2, "a char tokenizer: llama.cpp needs bpe or gpt2"),
+    (None, {}, None, (), 2, "no tokenizer: llama.cpp needs"),
+    (BPETokenizer(SYMBOLS, {"<s>": 0}, None), {}, None, (), 2, "no end of text"),
+    (BPETokenizer(SYMBOLS), {"n_embd": 24}, None, ("--type", "q8_0"), 2, "take --type f16"),
+    (BPETokenizer(SYMBOLS), {}, huge, ("--type", "f16"), 2, "mlp.c_fc.weight has values beyond"),
+    (BPETokenizer(SYMBOLS), {}, None, ("--type", "q4"), 2, "--type q4"),
+    (BPETokenizer(SYMBOLS), {}, None, ("--gelu", "tanh"), 2, "--gelu: for from_nanogpt only"),
+    (BPETokenizer(SYMBOLS), {}, damage, (), 3, "not usable"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case[-1])
+def test_bad_input_for_a_gguf_is_one_line_and_writes_nothing(tmp_path, capsys, case):
+    tokenizer, settings, change, flags, code, said = case
+    path = ours(tmp_path / "ours.pt", tokenizer, **settings)
+    if change:
+        change(path)
+    capsys.readouterr()
+    assert cli("to_gguf", path, tmp_path / "out.gguf", *flags) == code
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line and os.listdir(tmp_path) == ["ours.pt"]
+
+
+def test_a_gguf_is_whole_or_absent_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
+    gguf, path = pytest.importorskip("gguf"), ours(tmp_path / "ours.pt", BPETokenizer(SYMBOLS))
+    out, close = tmp_path / "out.gguf", gguf.GGUFWriter.close
+
+    def full(writer):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flip(writer):
+        close(writer)
+        content = bytearray(writer.path.read_bytes())
+        content[-1] ^= 1
+        writer.path.write_bytes(content)
+
+    for fault, said in ((full, "No space left"), (flip, "what was read back is not what was")):
+        with monkeypatch.context() as patched:
+            patched.setattr(gguf.GGUFWriter, "close", fault)
+            assert cli("to_gguf", path, out) == 4
+        assert said in capsys.readouterr().err and os.listdir(tmp_path) == ["ours.pt"]
+    out.write_text("mine")
+    assert cli("to_gguf", path, out) == 2 and "choose another name" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+
+
+def test_exact_gelu_in_a_gguf_is_named_with_its_largest_difference(tmp_path, capsys):
+    to_gguf(ours(tmp_path / "ours.pt", BPETokenizer(SYMBOLS), gelu="exact"), tmp_path / "out.gguf")
+    assert "differs by 0.0005 at most" in capsys.readouterr().err
+    x = torch.linspace(-10, 10, 200001, dtype=torch.float64)
+    assert 0.0004 < (F.gelu(x) - F.gelu(x, approximate="tanh")).abs().max() < 0.0005
+
+
+# ---------------------------------------------------------------- the card; docs/world.md
+
+
+def test_the_card_says_what_the_model_was_trained_on(tmp_path):
+    path = ours(tmp_path / "ours.pt", CharTokenizer.train("abc"))
+    state = checkpoint.load(path)
+    config = state["config"] | {"data_dir": "/home/me/data/poems"}
+    checkpoint.save(path, state | {"step": 1200, "best_val_loss": 1.5, "config": config})
+    to_hf(path, tmp_path / "poet")
+    card = (tmp_path / "poet" / "README.md").read_text("utf-8")
+    for part in ("# poet", "1,200 steps on the data set `poems`", "1.5000 nats", '"n_embd": 32'):
+        assert part in card
+    assert "/home/me" not in card and '"learning_rate": 0.0006' in card
+
+
+def numpy_example(folder):
+    """The function from ids to logits (T, V) of the page's example, for a folder."""
+    blocks = (ROOT / "docs" / "world.md").read_text("utf-8").split("```python\n")
+    [block] = [block.split("```")[0] for block in blocks if "import load_file" in block]
+    space = {}
+    exec(block.split("\ntokenizer = ")[0].replace("my-model", str(folder)), space)
+    return space["logits"]
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+def test_numpy_alone_gives_the_same_logits(tmp_path, gelu):
+    path = ours(tmp_path / "ours.pt", CharTokenizer.train("abc"), gelu=gelu)
+    to_hf(path, tmp_path / "hf")
+    ids = [0, 2, 1, 1, 2, 0]
+    with torch.no_grad():
+        logits = load_double(path)(torch.tensor([ids]))[0][0].numpy()
+    assert abs(numpy_example(tmp_path / "hf")(ids) - logits).max() <= 1e-4
 
 
 # ---------------------------------------------------------------- loading by name
