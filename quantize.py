@@ -1,0 +1,97 @@
+"""Linear layers made for generating on a CPU: int8 weights, and bf16 weights packed for oneDNN.
+
+from quantize import pack_linears, to_int8
+model = to_int8(model.float())  # load_model(..., dtype="int8") does this
+pack_linears(model, rows=8)     # a bf16 model that generates 8 texts at once
+"""
+
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def replace_linears(model, make):
+    """Put make(layer) in the place of every linear layer."""
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is nn.Linear:
+                setattr(module, name, make(layer))
+
+
+# ---------------------------------------------------------------- int8
+
+
+def to_int8(model):
+    """The float32 model with int8 weights in its linear layers and token embedding, a scale for
+    each row of a weight (an output channel, a token). It can only predict; biases, norms, positions
+    and what flows between layers stay float32. ValueError unless it is on a CPU.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise ValueError(f"--dtype int8: for a CPU, not {device}; use bfloat16 or float16 there")
+    embedding = Int8Embedding(model.transformer.wte.weight)
+    replace_linears(model, Int8Linear)
+    model.transformer.wte = embedding
+    return model
+
+
+def quantize_rows(weight):
+    """int8 (rows, columns) and scales (rows,) whose product is weight to half a scale."""
+    scale = weight.detach().abs().amax(dim=1).clamp(min=1e-12) / 127
+    return (weight.detach() / scale[:, None]).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights; its input is quantized on each call, by its range."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight, scale = quantize_rows(linear.weight)
+        zeros = torch.zeros(len(scale), dtype=torch.int64)
+        with warnings.catch_warnings():  # torch will drop this type of tensor, not the kernel
+            warnings.simplefilter("ignore")
+            weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+            self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
+        self.reduce_range = not torch.cpu._is_vnni_supported()  # older CPUs add up in 16 bits
+
+    def forward(self, x):
+        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
+
+
+class Int8Embedding(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.scale = quantize_rows(weight)
+
+    def forward(self, idx):
+        return F.embedding(idx, self.weight) * self.scale[idx][..., None]  # (B, T, C)
+
+
+# ---------------------------------------------------------------- bf16
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for bf16 inference, its weights prepacked for oneDNN: about twice as fast at 8
+    rows.
+    """
+
+    def __init__(self, linear, rows):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linears(model, rows=1):
+    """Pack the linear layers of a bf16 model on a CPU for this many rows; from then on it can only
+    predict. For one row, PyTorch's own kernel is faster.
+    """
+    weight = next(model.parameters())
+    if rows == 1 or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        replace_linears(model, lambda layer: PackedLinear(layer, rows))
