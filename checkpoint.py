@@ -16,18 +16,30 @@ import time
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, Field, JsonValue, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    JsonValue,
+    ValidationError,
+    with_config,
+)
 from torch.overrides import TorchFunctionMode
+from typing_extensions import TypedDict
 
 import files
-from config import Dtype, GPT2Config, to_dict
+from archive import check_archive
+from config import DTYPES, GPT2Config, dtype_name, to_dict
 from huggingface import EMBEDDING, HEAD, download_model, hub_name, read_hf
-from logger import command_for, log_next, log_row, warn
+from logger import command_for, log_next, log_row, quoted, warn
 from model import GPT2
-from options import reason, validate
+from options import FolderName, reason, validate
+from quantize import to_int8
 from tokenizer import load_tokenizer
 from utils import pick_device, pick_dtype
 
@@ -35,13 +47,14 @@ FORMAT = 1  # raised when an older reader would misread a newer file
 LATEST, PREVIOUS = "checkpoint.pt", "previous_checkpoint.pt"  # PREVIOUS: the latest before LATEST
 BEST, FINAL = "best_checkpoint.pt", "final_checkpoint.pt"  # lowest validation loss; end of a run
 NUMBERED = "checkpoint_iter_{}.pt"  # every checkpoint_interval steps
-# the state that AdamW and Muon keep for a weight; add the keys of any other optimizer
-OPTIMIZER_KEYS = ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum_buffer"})
+EARLIER = "????-??-??_??-??-??*/*.pt*"  # runs that were set aside
+# what is kept for a weight; with Muon that is for the blocks' matrices, for others it is AdamW's
+OPTIMIZER_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"step", "momentum_buffer"}}
 ON_DISK = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 UNREADABLE = {  # what was raised: what it means
     zipfile.BadZipFile: "it is cut short, damaged or no checkpoint",
     pickle.UnpicklingError: "it holds more than plain data, which might run code when opened",
-}
+} | dict.fromkeys((KeyError, IndexError, TypeError), "what it holds is no checkpoint")
 # plain English: any model of English does far better on it than guessing
 SANE_TEXT = (
     "The river was high after a week of rain, and the old bridge at the end of the village had "
@@ -58,10 +71,9 @@ class CheckpointError(Exception):
 
 
 def plain_tensor(tensor):
-    """tensor, if it holds plain finite numbers in host memory; ValueError otherwise."""
-    is_strided = type(tensor) is torch.Tensor and tensor.layout == torch.strided
-    is_contiguous = is_strided and tensor.dtype in ON_DISK and tensor.is_contiguous()
-    if not is_contiguous or tensor.device.type != "cpu":
+    """tensor, if it is contiguous and holds finite numbers; ValueError otherwise."""
+    is_tensor = type(tensor) is torch.Tensor
+    if not (is_tensor and tensor.dtype in ON_DISK and tensor.is_contiguous()):
         raise ValueError("not a plain tensor")
     # the extremes show NaN and infinity too, fifty times as fast as torch.isfinite(tensor)
     if tensor.is_floating_point() and tensor.numel() > 0:
@@ -73,20 +85,31 @@ def plain_tensor(tensor):
 Tensor = Annotated[Any, AfterValidator(plain_tensor)]
 
 
+@with_config({"extra": "forbid"})
+class Scaler(TypedDict, total=False):
+    """float16's loss scale, as torch.amp.GradScaler keeps it."""
+
+    scale: Annotated[float, Field(gt=0, le=1e30)]
+    growth_factor: Annotated[float, Field(gt=1, le=1e3)]
+    backoff_factor: Annotated[float, Field(gt=0, lt=1)]
+    growth_interval: Annotated[int, Field(gt=0, lt=2**31)]
+    _growth_tracker: Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class State(BaseModel, strict=True):
     """What a checkpoint holds."""
 
     format: Annotated[int, Field(le=FORMAT)]
-    step: Annotated[int, Field(ge=0)]  # optimizer steps done
-    best_val_loss: float | None
+    step: Annotated[int, Field(ge=0, lt=2**40)]  # optimizer steps done
+    best_val_loss: FiniteFloat | None
     model: dict[str, Tensor]  # the weights, in float32 or in the type they were imported with
     optimizer: dict[str, dict[str, Tensor]]  # the state of each weight, by its name
-    scaler: dict[str, JsonValue]  # float16's loss scale
-    rng: dict[str, Tensor]
+    scaler: Scaler  # {} but with float16
+    rng: dict[Literal["torch"], Tensor]
     config: dict[str, JsonValue]
     tokenizer: dict[str, JsonValue]  # {} without one
     data_hash: str | None
-    run: Annotated[str, Field(pattern=r"^\w[\w.\-]{0,127}$")] | None  # its folder in log_dir
+    run: FolderName | None  # its folder in log_dir
 
 
 KEYS = tuple(State.model_fields)
@@ -101,7 +124,7 @@ def save(path, state: dict, previous=None):
 
     Raises files.WriteError, ValueError for an optimizer state that load would refuse.
     """
-    check_optimizer_state(state["optimizer"], state["model"])
+    check_optimizer_state(state)
     try:
         with files.atomic_write(path, keep=previous) as file:
             try:
@@ -137,16 +160,9 @@ def load(path, check=None) -> dict:
     check: called instead with the content of another program's file; raises if that is wrong.
     Raises CheckpointError, whatever zipfile, torch or check raise.
     """
-    path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:  # torch's files are zips of stored records
-            records = archive.infolist()
-            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise ValueError("compressed records")
-            if sum(record.file_size for record in records) > path.stat().st_size:
-                raise ValueError("records larger than the file")
-            if bad := archive.testzip():
-                raise ValueError(f"damaged: the checksum of {bad} does not match")
+        with files.open_file(path) as file:
+            check_archive(file, os.fstat(file.fileno()).st_size)
         state = torch.load(path, map_location="cpu", weights_only=True)
         (check or check_state)(state)
     except Exception as error:
@@ -160,17 +176,23 @@ def check_state(state):
         raise ValueError("nanoGPT's: `python convert.py from_nanogpt FILE model.pt` makes it ours")
     State.model_validate(state)
     build_model(model_config(state), state["model"])
-    check_optimizer_state(state["optimizer"], state["model"])
+    check_optimizer_state(state)
     if state["rng"]:
         torch.Generator().set_state(state["rng"]["torch"])  # raises if it is not such a state
 
 
-def check_optimizer_state(optimizer: dict, weights: dict):
-    """ValueError unless this is AdamW's or Muon's state of these weights, by name and shape."""
-    for name, state in optimizer.items():
-        if name not in weights or set(state) not in OPTIMIZER_KEYS:
-            raise ValueError(f"optimizer {name} is not AdamW's or Muon's state of a weight")
-        for key, value in state.items():
+def check_optimizer_state(state: dict):
+    """ValueError unless it has, by name and shape, what its optimizer keeps of each weight; or of
+    none, as before the first step.
+    """
+    weights, kept = state["model"], state["optimizer"]
+    kind = state["config"].get("optimizer", "adamw")
+    for name in weights.keys() - {HEAD} | kept.keys() if kept else ():
+        by_muon = kind == "muon" and ".h." in name and name in weights and weights[name].ndim > 1
+        keys = OPTIMIZER_KEYS["muon" if by_muon else "adamw"]
+        if name not in weights or kept.get(name, {}).keys() != keys:
+            raise ValueError(f"optimizer {name} is not the state of a weight that {kind} keeps")
+        for key, value in kept[name].items():
             if value.shape != (() if key == "step" else weights[name].shape):
                 raise ValueError(f"optimizer {name} {key} has shape {tuple(value.shape)}")
 
@@ -223,15 +245,15 @@ def _problems(error) -> list[str]:
     lines = text.splitlines() or [type(error).__name__]
     if isinstance(error, ValidationError):
         lines = [f"{'.'.join(map(str, e['loc']))}: {reason(e)}" for e in error.errors()]
-    return [line.strip().removeprefix("--")[:200] for line in lines[:12]]
+    return [line.strip().removeprefix("--").removeprefix(": ")[:200] for line in lines[:12]]
 
 
 # ---------------------------------------------------------------- the folder
 
 
-def latest(folder) -> tuple[Path, dict, list[str]] | None:
+def latest(folder, rename: bool = True) -> tuple[Path, dict, list[str]] | None:
     """The newest intact checkpoint of a folder: its path, its state, and what is wrong with each
-    newer file, which is renamed to NAME.damaged. None if there are no checkpoints.
+    newer file, which is renamed to NAME.damaged if asked. None if there are no checkpoints.
 
     Raises CheckpointError, naming every file and touching none, if none is intact.
     """
@@ -242,8 +264,8 @@ def latest(folder) -> tuple[Path, dict, list[str]] | None:
         except CheckpointError as error:
             damaged[path] = str(error)
             continue
-        for bad in damaged:
-            os.replace(bad, _free(bad.with_name(f"{bad.name}.damaged")))
+        for bad in damaged if rename else ():
+            os.replace(bad, files.free_name(bad.with_name(f"{bad.name}.damaged")))
         return path, state, list(damaged.values())
     if damaged:
         lines = [*damaged.values(), "no usable checkpoint is left; --fresh sets these files aside"]
@@ -263,23 +285,23 @@ def set_aside(folder) -> Path | None:
     paths = [*_newest_first(Path(folder)), *Path(folder).glob("*.pt.damaged*")]
     if not paths:
         return None
-    target = _free(Path(folder) / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    target = files.free_name(Path(folder) / time.strftime("%Y-%m-%d_%H-%M-%S"))
     with files.writing(target):
         target.mkdir()
         for path in paths:
             os.replace(path, target / path.name)
-    log_row("set aside", f"the earlier run's checkpoints, in {target}")
+    size = sum(path.stat().st_size for path in Path(folder).glob(EARLIER))
+    so_far = (
+        f"{size / 1e9:,.2f} GB are set aside by now: `rm {quoted(folder)}/{EARLIER}` deletes them"
+    )
+    log_row("set aside", f"the earlier run's checkpoints, in {target}\n{so_far}")
     return target
 
 
-def _free(path: Path) -> Path:
-    """path, with underscores at its end until nothing has that name."""
-    while path.exists():
-        path = path.with_name(f"{path.name}_")
-    return path
-
-
 # ---------------------------------------------------------------- a model by its name
+
+
+ModelDtype = Annotated[Literal[*DTYPES, "int8"], BeforeValidator(dtype_name)]
 
 
 @dataclass
@@ -289,19 +311,21 @@ class ModelOptions:
     # which model
     checkpoint: str | None = None  # file, folder or hub name; unset: the best of ./checkpoints
     device: str | None = None  # cuda, cuda:1, mps or cpu; unset: the best there is
-    dtype: Dtype | None = None  # float32, bfloat16, float16 or float64; unset: the best there is
+    dtype: ModelDtype | None = None  # precision; int8: weights, on a CPU; unset: the best there is
 
 
 def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
     """A model in eval mode and its tokenizer; logs which.
 
     spec: a checkpoint's path, a Hugging Face folder, or a name on the hub (gpt2-xl, org/name);
-    None: the best of ./checkpoints, else the latest. device, dtype: names or torch's own; None:
-    the best for this machine. need_tokenizer: False returns None for a tokenizer that is missing.
+    None: the best of ./checkpoints, else the latest. device, dtype: names or torch's own, or int8;
+    None: the best for this machine. need_tokenizer: False returns None for a tokenizer that is
+    missing.
     Raises CheckpointError without a usable checkpoint, ValueError for the rest.
     """
     device, _ = pick_device(None if device is None else str(device))
-    wanted = GPT2Config(device=str(device), dtype=dtype or pick_dtype(device))
+    dtype = dtype_name(dtype) or pick_dtype(device)
+    wanted = GPT2Config(device=str(device), dtype="float32" if dtype == "int8" else dtype)
     validate(wanted)
     state, name = load_state(spec)
     model, tokenizer = build(state, name)
@@ -313,7 +337,8 @@ def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
         best = state["best_val_loss"]
         loss = "unknown" if best is None else format(best, ".4f")
         history = f" (step {state['step']:,}, validation loss {loss})"
-    facts = f"{describe_model(model, tokenizer)}, {wanted.dtype} on {device}"
+    facts = f"{describe_model(model, tokenizer)}, {dtype} on {device}"
+    model = to_int8(model) if dtype == "int8" else model
     log_row("model", f"{name}{history}\n{facts}")
     if not Path(name).is_file():
         check_loss(model, tokenizer)
@@ -392,7 +417,7 @@ def check_loss(model, tokenizer) -> float | None:
     ids = tokenizer.encode(text)[: model.config.block_size + 1]
     if len(ids) < 2:
         return None
-    idx = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T + 1)
+    idx = torch.tensor([ids], device=next(model.parameters()).device)  # (1, T + 1)
     loss, guessing = model(idx[:, :-1], idx[:, 1:])[1].item(), math.log(model.config.vocab_size)
     log_row("check", f"loss {loss:.4f} on a built-in English text, {guessing:.4f} by guessing")
     if not loss < guessing + 0.5:

@@ -12,14 +12,16 @@ holds no data set.
 import functools
 import hashlib
 import math
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeInt
+from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
-from files import read_bytes, read_json
+from files import open_file, read_bytes, read_json
+from tokenizer import load_tokenizer
 
 META_FORMAT = 1  # of meta.json; raised when an older reader would misread a newer data set
 TOKEN_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -28,17 +30,27 @@ REMEDY = "prepare the data set again with --overwrite"
 # ---------------------------------------------------------------- reading
 
 
+def inner_path(name: str) -> str:
+    """name; ValueError if it leads out of a folder."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError("leads out of the folder")
+    return name
+
+
+Count = Annotated[int, Field(ge=0, lt=2**60)]
+
+
 class Source(TypedDict):
     """A file that tokens came from."""
 
-    name: str
-    bytes: int
+    name: Annotated[str, AfterValidator(inner_path)]
+    bytes: Count
     sha256: str | None  # None if unknown
 
 
 class Split(TypedDict):
-    tokens: NonNegativeInt
-    bytes: NonNegativeInt | None  # of the text behind the tokens, in UTF-8; None if unknown
+    tokens: Count
+    bytes: Count | None  # of the text behind the tokens, in UTF-8; None if unknown
     sha256: str
 
 
@@ -50,7 +62,7 @@ class Meta(TypedDict):
 
     format: Literal[META_FORMAT]
     dtype: Literal["uint16", "uint32"]
-    vocab_size: int
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
     tokenizer: Annotated[dict[Literal["kind", "sha256"], str], Field(min_length=2)]
     splits: Splits
     sources: list[Source]
@@ -61,7 +73,9 @@ def read_meta(data_dir) -> Meta | None:
     """The meta.json of a data set, None if there is no data set; ValueError if it is damaged."""
     path = Path(data_dir) / "meta.json"
     try:
-        return read_json(path, Meta) if path.exists() else None
+        return read_json(path, Meta)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except ValueError as error:
         raise ValueError(f"{error}; {REMEDY}") from None
 
@@ -76,9 +90,13 @@ class TokenDataset:
         self.data_dir = Path(data_dir)
         self.meta = read_meta(self.data_dir)
         if self.meta is None:
-            remedy = "`python prepare_data.py --dataset shakespeare` makes one"
-            if (self.data_dir / "train.bin").exists():
-                remedy = f"`prepare_data.py --adopt {self.data_dir}` makes one of nanoGPT's files"
+            words = "--dataset shakespeare"
+            if (self.data_dir / "meta.pkl").exists():  # nanoGPT's characters, in a pickle
+                aside = f"--tokenizer char --data_dir data/{self.data_dir.resolve().name}"
+                words = f"--input {self.data_dir / 'input.txt'} {aside}"
+            elif (self.data_dir / "train.bin").exists():
+                words = f"--adopt {self.data_dir}"
+            remedy = f"`python prepare_data.py {words}` makes one"
             raise FileNotFoundError(f"no data set in {self.data_dir} (--data_dir); {remedy}")
         self.vocab_size = self.meta["vocab_size"]
         self.tokenizer_path = self.data_dir / "tokenizer.json"
@@ -87,6 +105,15 @@ class TokenDataset:
             raise ValueError(f"{self.tokenizer_path} is not the one that meta.json names; {REMEDY}")
         self.train = self._open("train")
         self.val = self._open("val")
+
+    @functools.cached_property
+    def tokenizer(self):
+        """ValueError if it has another number of tokens than meta.json says."""
+        found = load_tokenizer(self.tokenizer_path)
+        if found.vocab_size != self.vocab_size:
+            sizes = f"{found.vocab_size:,} tokens, meta.json says {self.vocab_size:,}"
+            raise ValueError(f"{self.tokenizer_path}: {sizes}; {REMEDY}")
+        return found
 
     @property
     def hash(self) -> str:
@@ -98,7 +125,8 @@ class TokenDataset:
     def _open(self, split):
         path = self.data_dir / f"{split}.bin"
         dtype, tokens = TOKEN_DTYPES[self.meta["dtype"]], self.meta["splits"][split]["tokens"]
-        expected, found = tokens * dtype.itemsize, path.stat().st_size
+        with open_file(path) as file:
+            expected, found = tokens * dtype.itemsize, file.seek(0, 2)
         if expected != found:
             raise ValueError(f"{path}: {found:,} bytes, meta.json says {expected:,}; {REMEDY}")
         return np.memmap(path, dtype, mode="r") if tokens else np.empty(0, dtype)
@@ -107,10 +135,8 @@ class TokenDataset:
         """ValueError unless each split holds at least one window of block_size + 1 tokens."""
         needed = f"needs {block_size + 1:,} (--block_size {block_size})"
         counts = {split: len(getattr(self, split)) for split in splits}
-        short = {split: count for split, count in counts.items() if count <= block_size}
-        if short:
-            lines = [f"{split} has {count:,} tokens, {needed}" for split, count in short.items()]
-            raise ValueError("\n".join(lines))
+        if short := [split for split in splits if counts[split] <= block_size]:
+            raise ValueError("\n".join(f"{s} has {counts[s]:,} tokens, {needed}" for s in short))
 
 
 # ---------------------------------------------------------------- batches
@@ -166,36 +192,32 @@ class Permutation:
         return index
 
 
+@dataclass
 class BatchSampler:
     """Training batches as a pure function of (seed, step, micro-step): resuming needs no state.
 
     An epoch cuts the split, from a seeded offset, into windows of block_size targets that do not
     overlap, and visits each exactly once in a seeded order. The global batch is drawn first and
     sliced by rank: the data do not depend on the number of processes.
-    gradient_accumulation_steps counts the micro-batches of a step over all processes.
     """
 
-    def __init__(
-        self,
-        tokens,
-        block_size: int,
-        batch_size: int,
-        gradient_accumulation_steps: int = 1,
-        seed: int = 1337,
-        rank: int = 0,
-        world_size: int = 1,
-        vocab_size: int | None = None,
-    ):
-        if len(tokens) < block_size + 1:
-            raise ValueError(f"{len(tokens)} tokens, needs {block_size + 1} (--block_size)")
-        assert gradient_accumulation_steps % world_size == 0
-        self.tokens, self.vocab_size = tokens, vocab_size
-        self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
-        self.accumulation = gradient_accumulation_steps
-        self.rank, self.world_size = rank, world_size
+    tokens: np.ndarray
+    block_size: int
+    batch_size: int
+    gradient_accumulation_steps: int = 1  # micro-batches of a step, over all processes
+    seed: int = 1337
+    rank: int = 0
+    world_size: int = 1
+    vocab_size: int | None = None
+
+    def __post_init__(self):
+        count, block_size = len(self.tokens), self.block_size
+        if count < block_size + 1:
+            raise ValueError(f"{count} tokens, needs {block_size + 1} (--block_size)")
+        assert self.gradient_accumulation_steps % self.world_size == 0
         # the same for every epoch, whatever its offset
-        self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
-        slack = len(tokens) - 1 - self.windows_per_epoch * block_size
+        self.windows_per_epoch = max(1, (count - block_size) // block_size)
+        slack = count - 1 - self.windows_per_epoch * block_size
         self.max_offset = min(slack, block_size - 1)
 
     def global_micro_step(self, micro_step: int) -> int:
@@ -204,7 +226,7 @@ class BatchSampler:
 
     def starts(self, step: int, micro_step: int = 0) -> list[int]:
         """Positions in the split where the windows of this process's micro-batch begin."""
-        position = step * self.accumulation + self.global_micro_step(micro_step)
+        position = step * self.gradient_accumulation_steps + self.global_micro_step(micro_step)
         indices = position * self.batch_size + np.arange(self.batch_size)
         epochs, windows = np.divmod(indices, self.windows_per_epoch)
         starts = []

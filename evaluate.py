@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 
 from checkpoint import ModelOptions, load_model, log_next_generate
 from data import TokenDataset
-from files import check_json, download, read_text
+from files import check_json, download, read_text, unix_lines
 from logger import log_row, perplexity, print_rows, progress, rank, run, warn, world_size
 from options import Problem, integer, parse_args
 from parallel import all_gather, broadcast_from_rank0, process_group
@@ -68,7 +68,7 @@ def score_batch(model, rows) -> torch.Tensor:
     padded = np.zeros((len(rows), max(len(ids) for ids, _ in rows)), np.int64)
     for row, (ids, _) in enumerate(rows):
         padded[row, : len(ids)] = ids  # padded on the right, where no scored token attends
-    idx = to_device(torch.from_numpy(padded), model.lm_head.weight.device)  # (B, T + 1)
+    idx = to_device(torch.from_numpy(padded), next(model.parameters()).device)  # (B, T + 1)
     hidden = model.hidden(idx[:, :-1])  # (B, T, C)
     scores = []
     for row, (ids, first) in enumerate(rows):  # one by one: the logits of all would be large
@@ -157,7 +157,7 @@ def evaluate_text(model, tokenizer, options) -> dict:
     if stride > context:
         raise ValueError(f"--stride {stride}: must be at most the context of {context} tokens")
     text = read_text(options.file, MOST_TEXT)
-    words, ids = len(text.split()), tokenizer.encode_to_numpy(text)  # (N,)
+    words, ids = len(text.split()), tokenizer.encode_to_numpy(unix_lines(text))  # (N,)
     if words == 0 or len(ids) < 2:  # nothing precedes the first token
         raise ValueError(f"{options.file}: no text in it, or one token only; take more text")
     nats, tokens = score_windows(model, ids, context, stride, options.batch_size)

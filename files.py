@@ -4,13 +4,16 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import math
 import os
 import shutil
 import stat
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import Future
 from pathlib import Path
 
 import filelock
@@ -108,6 +111,31 @@ def writing(path):
         raise WriteError(f"{line}; what was there is intact") from error
 
 
+def open_to_append(path):
+    """A file of ours to add bytes to; OSError for a link or FIFO, which somebody else has made."""
+    others = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    flags = sum(others, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    return open(os.open(path, flags, 0o666), "ab")
+
+
+def own_folder(path) -> Path:
+    """Make a folder of ours, unless it is there; ValueError for a link, or for anything else."""
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{path}: there is something else than a folder; move it away")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def free_name(path) -> Path:
+    """path, with underscores at its end until nothing has that name."""
+    path = Path(path)
+    while os.path.lexists(path):
+        path = path.with_name(f"{path.name}_")
+    return path
+
+
 def fsync_folder(folder):
     """Make a rename survive a power cut, if the operating system can (Windows cannot)."""
     with contextlib.suppress(OSError):
@@ -127,14 +155,22 @@ def clean(folder, pattern: str = ".*.tmp"):
 # ---------------------------------------------------------------- reading
 
 
-def read_bytes(path, most: int = MOST_JSON) -> bytes:
-    """A regular file of at most `most` bytes; ValueError for a FIFO, a device or a larger file."""
+def open_file(path, most: float = math.inf):
+    """Open a file that may come from somebody else, to read bytes. ValueError for a FIFO or device
+    (which could be endless), for a link to one, and for more than `most` bytes.
+    """
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
         raise ValueError(f"{path}: not a regular file")
     if info.st_size > most:
         raise ValueError(f"{path}: {info.st_size:,} bytes, at most {most:,} are read")
-    return Path(path).read_bytes()
+    return open(path, "rb")
+
+
+def read_bytes(path, most: int = MOST_JSON) -> bytes:
+    """What open_file opens, as large as it is now."""
+    with open_file(path, most) as file:
+        return file.read(os.fstat(file.fileno()).st_size)
 
 
 def read_text(path, most: int = MOST_JSON) -> str:
@@ -143,6 +179,11 @@ def read_text(path, most: int = MOST_JSON) -> str:
         return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+
+
+def unix_lines(text: str) -> str:
+    """text with every line end as \\n: universal newlines."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path, schema=dict):
@@ -160,7 +201,7 @@ def check_json(content, schema, name=""):
         return (adapter.validate_json if is_text else adapter.validate_python)(content, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        place = ".".join(map(str, first["loc"]))[:200]
         raise ValueError(": ".join(filter(None, [str(name), place, reason(first)]))) from None
 
 
@@ -177,14 +218,16 @@ def lock(folder):
 
     The operating system frees the lock when its holder dies, however it dies.
     """
-    note = Path(folder, ".lock_holder")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; name one")
+    note = folder / ".lock_holder"
     try:
         with writing(folder):
-            note.parent.mkdir(parents=True, exist_ok=True)
-            held = filelock.FileLock(Path(folder, ".lock"))
+            folder.mkdir(parents=True, exist_ok=True)
+            held = filelock.FileLock(folder / ".lock")  # follows no link
             held.acquire(timeout=0)
-            for stray in Path(folder).glob(".*.tmp"):
-                _remove(stray)
+            clean(folder)
     except filelock.Timeout:
         holder = "another process"
         with contextlib.suppress(OSError, ValueError):  # it may have taken the lock just now
@@ -203,6 +246,20 @@ def lock(folder):
 
 
 # ---------------------------------------------------------------- downloads
+
+
+def in_thread(function, *arguments) -> Future:
+    """What function returns, from a thread that no Ctrl-C and no error has to wait for."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def download(address: str, sha256: str, path):

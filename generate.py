@@ -10,20 +10,22 @@ From Python: `from generate import batch_generate; batch_generate(prompts, "samp
 """
 
 import contextlib
-import io
+import copy
 import os
 import sys
+import time
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
 from checkpoint import ModelOptions, load_model, log_next_generate
-from files import atomic_write, read_text
+from files import atomic_write, read_text, unix_lines
 from logger import log, log_row, run, show
 from options import Problem, describe_fields, parse_args, typed, validate
-from sampling import Sampling, generate_texts, pack_linears, stream_text
+from quantize import pack_linears
+from sampling import Sampling, generate_texts, stream_text
 from sampling import sample_text as sample_text  # for notebooks: from generate import sample_text
-from utils import is_out_of_memory
+from utils import is_out_of_memory, peak_mb
 
 SEPARATOR = "---\n"  # between several texts
 BATCH_SIZE = 16  # texts at a time
@@ -36,6 +38,7 @@ class Options(Sampling, ModelOptions):
     interactive: bool = False  # continue what is typed
     prompts_file: str | None = None  # a prompt a line, blank ones skipped
     output: str | None = None  # write the texts here, not to stdout
+    stats: bool = False  # say how fast it was, and how much memory it took
 
     def problems(self):
         """Mutually exclusive flags."""
@@ -64,10 +67,12 @@ def main(argv=None) -> int:
         log_row("sampling", describe(options))
         if options.interactive:
             interact(model, tokenizer, options)
-        elif options.output is not None:
-            write_texts(options.output, generate_texts(model, tokenizer, prompts, options))
         else:
-            show_texts(model, tokenizer, prompts, options)
+            with measured(model, tokenizer, options.stats) as tokenizer:
+                if options.output is not None:
+                    write_texts(options.output, generate_texts(model, tokenizer, prompts, options))
+                else:
+                    show_texts(model, tokenizer, prompts, options)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -82,8 +87,7 @@ def read_prompts(options) -> list[str]:
     path = options.prompts_file
     if path is None:
         return [options.prompt]
-    lines = io.StringIO(read_text(path), newline=None)  # any line endings
-    prompts = [line.rstrip("\n") for line in lines if line.strip()]
+    prompts = [line for line in unix_lines(read_text(path)).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts_file {path}: holds no prompt; it needs one a line")
     return prompts
@@ -118,6 +122,24 @@ def show_texts(model, tokenizer, prompts, sampling):
         show(SEPARATOR if number else "")
         show(prompt, "bold")
         show(f"{text[len(prompt) :]}\n")
+
+
+@contextlib.contextmanager
+def measured(model, tokenizer, wanted):
+    """The tokenizer to generate with; if wanted, a line on speed and memory follows the texts."""
+    watched, start, times = copy.copy(tokenizer), time.perf_counter(), []
+
+    def decode_bytes(ids):
+        times.append(time.perf_counter())
+        return tokenizer.decode_bytes(ids)
+
+    if wanted:
+        watched.decode_bytes = decode_bytes
+    yield watched
+    if times:
+        seconds, memory = times[-1] - start, peak_mb(next(model.parameters()).device) or 0
+        speed = f"{len(times):,} tokens in {seconds:.2f} s, {len(times) / seconds:,.1f} a second"
+        log_row("stats", f"{speed}; the first after {times[0] - start:.3f} s; {memory:,.0f} MB")
 
 
 # ---------------------------------------------------------------- from Python, and to a file
@@ -157,7 +179,7 @@ def write_texts(path, texts) -> list[str]:
         for text in texts:
             file.write(f"{SEPARATOR if written else ''}{text}\n")
             written.append(text)
-    log_row("wrote", f"{len(written)} texts to {path}", "green")
+    log_row("wrote", f"{len(written)} text{'s' * (len(written) != 1)} to {path}", "green")
     return written
 
 
@@ -167,7 +189,9 @@ def write_texts(path, texts) -> list[str]:
 HELP = """\
 Every line is continued by the model, on its own: nothing of earlier lines is
 remembered. Each takes the next seed (--seed, --seed + 1, ...), so that the
-same line twice gives two texts. Ctrl-C ends a text.
+same line twice gives two texts. A line that ends in \\ goes on in the next one.
+Ctrl-C ends a text.
+/again            continue the last line once more, with the next seed
 /set NAME VALUE   change a setting, for example: /set temperature 0.7
 /show             the settings and what they mean
 /quit             leave, as the end of input (Ctrl-D) does"""
@@ -178,30 +202,35 @@ def interact(model, tokenizer, sampling):
     log_row("how", "type a line, the model continues it; /help for more, Ctrl-D leaves")
     with contextlib.suppress(ImportError):  # not available on Windows
         import readline  # noqa: F401  (input() then edits the line and knows the earlier ones)
+    prompt = None
     while (line := read_line()) is not None and line.strip() != "/quit":
+        while line.endswith("\\"):
+            line = f"{line[:-1]}\n{read_line('. ') or ''}"
         try:
-            if line.startswith("/"):
+            if line.startswith("/") and (line.strip() != "/again" or prompt is None):
                 sampling = command(line, sampling)
                 continue
+            prompt = prompt if line.strip() == "/again" else line
             this, sampling = sampling, replace(sampling, seed=sampling.seed + 1)
-            show_texts(model, tokenizer, [line], this)
+            with measured(model, tokenizer, sampling.stats) as watched:
+                show_texts(model, watched, [prompt], this)
         except ValueError as error:
             log(f"error: {error}")
         except KeyboardInterrupt:
             show("\n")
 
 
-def read_line() -> str | None:
-    """The next line of input, None at its end. Shows "> " only on a terminal."""
+def read_line(ask="> ") -> str | None:
+    """The next line of input, None at its end. A person is asked for it."""
     if sys.stdin is None:  # closed by the caller
         return None
     person = sys.stdin.isatty()
-    if person:
+    if person and ask == "> ":
         log()
     if person and not sys.stdout.isatty():  # input() would write its prompt among the results
-        print("> ", end="", file=sys.stderr, flush=True)
+        print(ask, end="", file=sys.stderr, flush=True)
     try:
-        return input("> " if person and sys.stdout.isatty() else "")
+        return input(ask if person and sys.stdout.isatty() else "")
     except EOFError:
         if person:
             log()  # so that the shell's prompt starts a new line
@@ -227,7 +256,7 @@ def command(line: str, sampling: Sampling) -> Sampling:
         for name, comment in comments.items():
             log(f"{name:<15} {shown(getattr(sampling, name)):<6} {comment}")
     else:
-        raise ValueError(f"{word}: no such command; /help lists them")
+        raise ValueError(f"{word}: no such command, or nothing before it; /help lists them")
     return sampling
 
 

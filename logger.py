@@ -4,6 +4,7 @@ Messages and progress go to stderr and come from rank 0 alone; results go to std
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -16,12 +17,25 @@ import textwrap
 import time
 import traceback
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+from pydantic import Field, FiniteFloat
+from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from typing_extensions import TypedDict
 
-from files import atomic_write, writing
+from files import (
+    atomic_write,
+    check_json,
+    free_name,
+    lock,
+    open_to_append,
+    own_folder,
+    read_bytes,
+    read_text,
+    writing,
+)
 
 LABEL = 11  # columns of the label before a text
 LINE_SECONDS = 30  # between two lines of progress without a terminal
@@ -40,6 +54,11 @@ class _Console(Console):
     def is_terminal(self):  # whatever FORCE_COLOR says: a file gets no escape codes
         return self.file.isatty()
 
+    @property
+    def size(self):  # leaves room for the ^C that a terminal puts after a live line
+        columns, rows = super().size
+        return ConsoleDimensions(columns - 2, rows)
+
     def on_broken_pipe(self):  # rich would end the program; its work continues, unheard
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
@@ -55,6 +74,21 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes torchrun started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_place():
+    """ValueError unless torchrun's variables are as it sets them, or not set; they are dropped."""
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    given = {name: os.environ[name] for name in alone if name in os.environ}
+    read = {
+        name: int(text) if re.fullmatch("[0-9]{1,9}", text) else -1 for name, text in given.items()
+    }
+    rank, local_rank, world_size = (alone | read).values()
+    if not 0 <= local_rank <= rank < world_size or (len(given) < 3 and world_size > 1):
+        for name in given:
+            del os.environ[name]
+        shown = " ".join(f"{name}={text[:60]}" for name, text in given.items())
+        raise ValueError(f"{shown}: not as torchrun sets these; `unset {' '.join(given)}`")
 
 
 # ---------------------------------------------------------------- messages
@@ -100,7 +134,7 @@ def _print(text, label="", style="", console=stderr, fold=True):
     """
     lines = visible(text).split("\n")
     if fold and console.is_terminal:
-        width = max(20, console.width - 1 - len(label))
+        width = max(20, console.width - len(label))
         wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
         whole = [re.sub("`.*?`", lambda part: part[0].replace(" ", "\0"), line) for line in lines]
         lines = [part.replace("\0", " ") for line in whole for part in wrapper.wrap(line) or [""]]
@@ -220,6 +254,7 @@ def run(main, argv=None) -> int:
         if hasattr(getattr(sys, name), "reconfigure"):  # a name of any encoding can be shown
             getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
+        check_place()
         return main(argv) or 0
     except KeyboardInterrupt:
         if stderr.is_terminal:
@@ -264,46 +299,67 @@ def _show_error(error, code):
 
 # ---------------------------------------------------------------- the log of a run
 
-# TensorBoard's Custom Scalars tab: for each chart the tags in it, which are regular expressions
-CHARTS = {
-    "training": {
-        "loss, training and validation": ["Multiline", ["^loss/train$", "^loss/val$"]],
-        "learning rate": ["Multiline", ["^lr$"]],
-        "gradient norm, before clipping": ["Multiline", ["^grad_norm$"]],
-    },
-    "speed and memory": {
-        "tokens per second": ["Multiline", ["^tokens_per_second$"]],
-        "memory at most so far, MB (rank 0)": ["Multiline", ["^memory_mb$"]],
-    },
-}
 TAGS = {"loss": "loss/train", "val_loss": "loss/val"}  # of records; the others are their own
-# what TensorBoard's HParams tab leaves out: settings that change no weight
-NOT_COMPARED = {
-    *("checkpoint_dir", "checkpoint_interval", "keep_checkpoints", "log_dir", "log_interval"),
-    *("eval_interval", "eval_iters", "peer_timeout", "preset"),
-}
+OWNER = ".checkpoint_dir"  # in a run's folder: whose run it is
+MOST_METRICS = 1 << 28  # bytes
 
 
-def open_run(log_dir, name: str | None, step: int) -> tuple[str, list[dict]]:
-    """The name of a run's folder (None: a new, dated one) and what it has logged up to step: the
-    steps after that will be repeated.
+class Record(TypedDict, extra_items=FiniteFloat | None):
+    """A line of metrics.jsonl: these, and any other numbers."""
+
+    step: Annotated[int, Field(ge=1, lt=2**40)]
+    seconds: Annotated[FiniteFloat, Field(ge=0)]
+
+
+@contextlib.contextmanager
+def open_run(log_dir, checkpoint_dir, name: str | None, step: int, wanted: str | None = None):
+    """Hold a run's folder; yields its name and what was logged up to step, from where it goes on.
+
+    name: that of the run so far, None for a new run; wanted: what its user calls it. A folder is of
+    one checkpoint_dir: the run of a copied one goes on in a folder of its own.
     """
-    folder = Path(log_dir) / (name or time.strftime("%Y-%m-%d_%H-%M-%S"))
-    with writing(folder):
-        while True:
+    dated = Path(log_dir, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    before = folder = Path(log_dir, name or dated.name)
+    owner = here = str(Path(checkpoint_dir).resolve())
+    with contextlib.suppress(OSError, ValueError):
+        owner = read_text(before / OWNER)
+    if wanted not in (None, name):
+        folder = Path(log_dir, wanted)
+        if (folder / "metrics.jsonl").exists():
+            raise ValueError(f"--run_name {wanted}: {folder} holds a run; choose another name")
+    elif name is None or owner != here:
+        folder = free_name(dated)
+    if name is not None and folder != before:
+        log_row("run", f"{folder} goes on from step {step:,} of {before}, which stays as it is")
+    with lock(own_folder(folder)):
+        with atomic_write(folder / OWNER, "w") as file:
+            file.write(here)
+        records, problem = read_metrics(before / "metrics.jsonl")
+        if problem and folder == before:
+            aside = free_name(folder / "metrics.jsonl.damaged")
+            os.replace(folder / "metrics.jsonl", aside)
+            warn(f"{problem}; the file is kept as {aside}")
+        yield folder.name, [record for record in records if record["step"] <= step]
+
+
+def read_metrics(path) -> tuple[list[dict], str]:
+    """The records of a metrics.jsonl, and the first thing that is wrong with it, if there is one;
+    half a line at its end is what a kill may leave.
+    """
+    records, problems = [], []
+    try:
+        for number, line in enumerate(io.BytesIO(read_bytes(path, MOST_METRICS)), start=1):
             try:
-                folder.mkdir(parents=True, exist_ok=name is not None)
+                records.append(check_json(line, Record, f"{path}, line {number}"))
+            except ValueError as error:
+                problems += [str(error)] * line.endswith(b"\n")
+            if len(problems) > 100:
                 break
-            except FileExistsError:  # of another run in the same second
-                if name is not None:
-                    raise
-                folder = folder.with_name(f"{folder.name}_")
-    records = []
-    if (folder / "metrics.jsonl").exists():
-        for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a kill may leave half a line
-                records.append(json.loads(line))
-    return folder.name, [record for record in records if record["step"] <= step]
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        problems = [str(error)]
+    return records, "".join(problems[:1])
 
 
 class RunLog:
@@ -313,7 +369,7 @@ class RunLog:
 
     def __init__(self, folder: Path, records: list[dict], step: int, total: int):
         self.folder, self.records, self.total = folder, records, total
-        self.first_step, self.writer = step, None
+        self.first_step, self.files = step, []
         self.seconds_before = records[-1]["seconds"] if records else 0.0
         self.bar = _live(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -322,33 +378,56 @@ class RunLog:
         )
         self.task = self.bar.add_task("timing the first steps", total=total, completed=step)
 
-    def start(self, config: dict, resolved: dict):
-        """Open the files, on rank 0, and start the clock. config.json is a valid --config; by the
-        resolved config, with what the machine and the schedule decided, TensorBoard compares runs.
-        """
+    def start(self, config: dict):
+        """Open the files, on rank 0, and start the clock. config.json is a valid --config."""
         if rank() == 0:
             with writing(self.folder):
-                self._open(config, resolved)
+                self._open(json.dumps(config, indent=2))
         self.bar.start()
         self.started = self.drawn = time.perf_counter()
 
-    def _open(self, config, resolved):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-        from torch.utils.tensorboard.summary import hparams
+    def _open(self, config):
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # slow to import
 
         with atomic_write(self.folder / "config.json", "w") as file:
-            json.dump(config, file, indent=2)
+            file.write(config)
         with atomic_write(self.folder / "metrics.jsonl", "w") as file:
             file.writelines(json.dumps(record) + "\n" for record in self.records)
-        self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.first_step + 1)
-        text = f"```\n{json.dumps(config, indent=2)}\n```"
-        self.writer.add_text("config", text, self.first_step)
-        self.writer.add_custom_scalars(CHARTS)
-        # the row of the HParams tab; add_hparams would make a second run of it
-        compared = {k: v for k, v in resolved.items() if k not in NOT_COMPARED}
-        compared = {k: str(v) if isinstance(v, bool) else v for k, v in compared.items()}
-        self.writer.file_writer.add_summary(hparams(compared, {})[1])
+        is_copy = not any(self.folder.glob("events*"))
+        names = "metrics.jsonl", f"events.out.tfevents.{time.time():.6f}"
+        self.files = [open_to_append(self.folder / name) for name in names]
+        self._event(0, file_version="brain.Event:2")
+        # what TensorBoard has of later steps is from a run that was killed
+        self._event(self.first_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._text("config", config, self.first_step)
+        for record in self.records if is_copy else ():
+            self._plot(record)
+
+    def _event(self, step, **content):
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        event = Event(wall_time=time.time(), step=step, **content)
+        RecordWriter(self.files[1]).write(event.SerializeToString())
+
+    def _text(self, tag, text, step):
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        self._event(step, summary=text_pb(tag, f"```\n{text}\n```"))
+
+    def _plot(self, record, memory_mb=None):
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = record | {"memory_mb": memory_mb}
+        if record.get("val_loss") is not None:
+            scalars |= {"perplexity/val": perplexity(record["val_loss"])}
+            scalars |= {"best_val_loss": min(self.val_losses(record["step"]))}
+        values = [
+            Summary.Value(tag=TAGS.get(name, name), simple_value=value)
+            for name, value in scalars.items()
+            if value is not None and name not in ("step", "seconds")
+        ]
+        self._event(record["step"], summary=Summary(value=values))
 
     def advance(self, step: int):
         """One more step is made: the live line counts it, ten times a second at most."""
@@ -367,27 +446,20 @@ class RunLog:
         record["seconds"] = self.seconds_before + elapsed
         record |= {name: None for name, v in record.items() if v and not math.isfinite(v)}
         self.records.append(record)
-        if self.writer is None:
+        if not self.files:
             return
-        with writing(self.folder / "metrics.jsonl"):
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-        step = record["step"]
-        scalars = record | {"memory_mb": memory_mb}
-        if record.get("val_loss") is not None:
-            scalars |= {"perplexity/val": perplexity(record["val_loss"])}
-            scalars |= {"best_val_loss": min(self.val_losses())}
-        for name, value in scalars.items():
-            if value is not None and name not in ("step", "seconds"):
-                self.writer.add_scalar(TAGS.get(name, name), value, step)
-        if sample is not None:
-            self.writer.add_text("sample", f"```\n{sample}\n```", step)
-            self.writer.flush()
+        with writing(self.folder):
+            self.files[0].write(json.dumps(record).encode() + b"\n")
+            self._plot(record, memory_mb)
+            if sample is not None:
+                self._text("sample", sample, record["step"])
+            for file in self.files:
+                file.flush()
 
-    def val_losses(self) -> list[float]:
-        """Those of all evaluations so far; infinite if one was not finite."""
-        losses = [record["val_loss"] for record in self.records if "val_loss" in record]
-        return [math.inf if loss is None else loss for loss in losses]
+    def val_losses(self, step=math.inf) -> list[float]:
+        """Those of all evaluations up to step; infinite if one was not finite."""
+        records = [r for r in self.records if "val_loss" in r and r["step"] <= step]
+        return [math.inf if r["val_loss"] is None else r["val_loss"] for r in records]
 
     def _show(self, record, left):
         """The live line, or a plain one; an evaluation's stays on a terminal too."""
@@ -407,6 +479,6 @@ class RunLog:
     def close(self):
         """Remove the live line and close the files."""
         self.bar.stop()
-        if self.writer is not None:
-            self.writer.close()
-            self.file.close()
+        for file in self.files:
+            with contextlib.suppress(OSError):  # it has no room for what a failed write has left
+                file.close()

@@ -40,6 +40,10 @@ def number(least=None, most=None, above=None, below=None):
     return Annotated[float, Field(ge=least, le=most, gt=above, lt=below, allow_inf_nan=False)]
 
 
+# the type of a folder's name, no path
+FolderName = Annotated[str, Field(pattern=r"^\w[\w.\-]{0,127}$")]
+
+
 def _without_exponent(value):
     is_power = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value)
     return float(value) if is_power else value
@@ -81,8 +85,9 @@ def typed(cls, values: dict, strict: bool = False) -> tuple[dict, list[Problem]]
             good[name] = TypeAdapter(hints[name]).validate_python(value, strict=strict)
         except ValidationError as error:
             first = error.errors()[0]
-            shown = repr(first["input"]) if strict else first["input"]  # '6' is no number
-            found.append(Problem((name,), f"{_flag(cls, name)} {shown}: {reason(first)}"))
+            shown = repr(first["input"]) if strict else str(first["input"])  # '6' is no number
+            line = f"{_flag(cls, name)} {shown[:100]}: {reason(first)}"
+            found.append(Problem((name,), line))
     return good, found
 
 
@@ -92,6 +97,8 @@ def reason(error: dict) -> str:
     if error["type"] == "literal_error":
         choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         return f"must be one of {choices}"
+    if error["type"] == "string_pattern_mismatch":  # of FolderName
+        return "must be letters, digits, '_', '.' and '-', at most 128 of them"
     for theirs, ours in OUR_WORDS.items():
         message = message.replace(theirs, ours)
     return message

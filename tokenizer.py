@@ -10,12 +10,12 @@ in KINDS.
 """
 
 import codecs
-import contextlib
 import functools
 import hashlib
 import json
 import re
-import threading
+import sys
+from concurrent.futures import TimeoutError
 from itertools import pairwise
 from typing import Annotated, Literal, NotRequired
 
@@ -24,10 +24,13 @@ import tiktoken
 from pydantic import Field, NonNegativeInt, with_config
 from typing_extensions import TypedDict
 
-from files import atomic_write, check_json, read_bytes
+from files import atomic_write, check_json, in_thread, read_bytes
 
 TOKENIZER_FORMAT = 1  # of the JSON; raised when an older reader would misread a newer file
 END_OF_TEXT = "<|endoftext|>"
+MOST_BYTES, MOST_TOKENS = 16 << 20, 1 << 20  # of a tokenizer.json; nothing real comes near
+MOST_SPECIAL = 1 << 14  # special tokens, those included that no text is encoded to
+MOST_MERGING = 1 << 26  # sum over the tokens of their length squared: what `merges` takes
 DOWNLOAD_SECONDS = 30  # for GPT-2's vocabulary, 1.5 MB; from tiktoken's cache it takes under one
 
 # GPT-2's rule for words (Radford 2019): contractions, letters, digits, other symbols, each with the
@@ -59,8 +62,8 @@ SYMBOL_OF = dict(zip(BYTES, SYMBOLS, strict=True))
 
 
 class Tokenizer:
-    """What all kinds share. A kind has `kind`, `vocab_size`, `encode_to_numpy`, `decode_bytes`,
-    `to_dict` (with "format" and "kind"), `from_dict`, and `train` if it learns from the text.
+    """What all kinds share. A kind has `kind`, `vocab_size`, `_bytes` (of each id), `to_dict` (with
+    "format" and "kind"), `from_dict`, `encode_to_numpy`, and `train` if it learns from the text.
     """
 
     kind = ""
@@ -74,11 +77,19 @@ class Tokenizer:
         """Text of ids, U+FFFD for bytes that are not UTF-8; ValueError for an id out of range."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
+    def decode_bytes(self, ids) -> bytes:
+        ids = [int(i) for i in ids]
+        for position, i in enumerate(ids):
+            if not 0 <= i < self.vocab_size:
+                where = f"token id {i} at position {position}"
+                raise ValueError(f"{where} is not below {self.vocab_size:,}")
+        return b"".join([self._bytes[i] for i in ids])
+
     def safe_cut(self, text: str) -> int:
         """The last place where text can be cut so that its parts, encoded one by one, give the
-        tokens of the whole; 0 if there is none. Here: anywhere, so at its end.
+        tokens of the whole; 0 if there is none. Here: at its end, but never within \\r\\n.
         """
-        return len(text)
+        return len(text) - text.endswith("\r")
 
     def save(self, path):
         with atomic_write(path) as file:
@@ -95,7 +106,10 @@ class Tokenizer:
 
 
 class CharFields(TypedDict):
-    characters: list[Annotated[str, Field(min_length=1, max_length=1)]]
+    characters: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=1)]],
+        Field(max_length=sys.maxunicode + 1),
+    ]
 
 
 class CharTokenizer(Tokenizer):
@@ -106,7 +120,7 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, characters: list[str]):
         self.characters = characters
-        self.vocab_size = len(characters)
+        self.vocab_size, self._bytes = len(characters), [c.encode() for c in characters]
         codes = np.array([ord(character) for character in characters], dtype=np.int64)
         # code point -> id, -1 if unknown; the last entry stands for all code points above
         self._id_of = np.full(codes.max(initial=-1) + 2, -1, dtype=np.int32)
@@ -129,9 +143,6 @@ class CharTokenizer(Tokenizer):
             )
         return ids.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
-    def decode_bytes(self, ids) -> bytes:
-        return "".join([self.characters[i] for i in _checked(ids, self.vocab_size)]).encode()
-
     def to_dict(self) -> dict:
         return {"format": TOKENIZER_FORMAT, "kind": self.kind, "characters": self.characters}
 
@@ -143,9 +154,12 @@ class CharTokenizer(Tokenizer):
         return cls(characters)
 
 
+Special = Annotated[str, Field(max_length=1000)]
+
+
 class BPEFields(TypedDict):
     tokens: str
-    special: NotRequired[dict[str, NonNegativeInt]]
+    special: NotRequired[Annotated[dict[Special, NonNegativeInt], Field(max_length=MOST_SPECIAL)]]
     eot: NotRequired[str | None]
 
 
@@ -173,7 +187,9 @@ class BPETokenizer(Tokenizer):
             raise ValueError("'special' has an id twice, or one beyond the vocabulary")
         self.id_of = dict(zip(tokens, free, strict=True))
         ranks = {bytes([BYTE_OF[symbol] for symbol in t]): i for t, i in self.id_of.items()}
-        special = self.special | {CUT: self.vocab_size}
+        names = {text.encode(): i for text, i in self.special.items()}
+        self._bytes = {i: raw for raw, i in [*ranks.items(), *names.items()]}
+        special = {CUT: self.vocab_size}
         self._encoding = tiktoken.Encoding(
             self.kind, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special
         )
@@ -210,9 +226,6 @@ class BPETokenizer(Tokenizer):
         ids = encode(CUT.join(parts), allowed_special={CUT})
         return ids[ids < self.vocab_size]
 
-    def decode_bytes(self, ids) -> bytes:
-        return self._encoding.decode_bytes(_checked(ids, self.vocab_size))
-
     def safe_cut(self, text: str) -> int:
         found = LAST_CUT.match(text)
         return found.end() if found else 0
@@ -242,7 +255,12 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def from_dict(cls, fields: dict) -> "BPETokenizer":
         fields = check_json(fields, BPEFields)
+        if fields["tokens"].count(" ") + len(fields.get("special", ())) >= MOST_TOKENS:
+            raise ValueError(f"'tokens' has more than {MOST_TOKENS:,}")
         tokens, symbols = fields["tokens"].split(" "), set(SYMBOLS)
+        if sum(len(token) ** 2 for token in tokens) > MOST_MERGING:
+            longest = max(map(len, tokens))
+            raise ValueError(f"'tokens' are too long to merge, up to {longest:,} bytes")
         distinct = set(tokens) - {""}
         if len(distinct) < len(tokens) or not distinct >= symbols == set("".join(tokens)):
             raise ValueError("'tokens' must be distinct, in GPT-2's 256 symbols, with each of them")
@@ -279,7 +297,7 @@ def load_tokenizer(source) -> Tokenizer:
     Raises ValueError naming the file where its content is anything else.
     """
     is_dict = isinstance(source, dict)
-    content = source if is_dict else read_bytes(source)
+    content = source if is_dict else read_bytes(source, MOST_BYTES)
     try:
         fields = check_json(content, Header)
         return KINDS[fields["kind"]].from_dict(fields)
@@ -320,33 +338,15 @@ def _cut_runs(text) -> list[str]:
 
 
 def _gpt2_tokens() -> list[str]:
-    """GPT-2's tokens from tiktoken, which downloads them once.
-
-    In a thread, because tiktoken waits forever for a network that does not answer.
+    """GPT-2's tokens from tiktoken, which downloads them once, and would wait forever for a network
+    that does not answer.
     """
-    found = []
-
-    def load():
-        with contextlib.suppress(OSError, ValueError):
-            found.append(tiktoken.get_encoding("gpt2"))
-
-    thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    thread.join(DOWNLOAD_SECONDS)
-    if not found:
+    try:
+        encoding = in_thread(tiktoken.get_encoding, "gpt2").result(DOWNLOAD_SECONDS)
+    except (OSError, ValueError, TimeoutError):
         raise ValueError(
             "GPT-2's vocabulary cannot be downloaded; set TIKTOKEN_CACHE_DIR to a folder where "
             "tiktoken has it, or use --tokenizer bpe"
-        )
-    encoding = found[0]
+        ) from None
     tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
     return ["".join([SYMBOL_OF[byte] for byte in token]) for token in tokens]
-
-
-def _checked(ids, vocab_size) -> list[int]:
-    """ids as a list of int; ValueError naming the first that is out of range."""
-    ids = [int(i) for i in ids]
-    for position, i in enumerate(ids):
-        if not 0 <= i < vocab_size:
-            raise ValueError(f"token id {i} at position {position} is not below {vocab_size:,}")
-    return ids

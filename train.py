@@ -34,6 +34,7 @@ from data import BatchSampler, TokenDataset, validation_starts, windows_at
 from files import lock, read_json
 from logger import (
     RunLog,
+    check_place,
     command_for,
     human_time,
     log_next,
@@ -48,7 +49,7 @@ from logger import (
     world_size,
 )
 from optim import full_tensor, learning_rate
-from options import Problem, integer, parse, problems, validate
+from options import FolderName, Problem, integer, parse, problems, validate
 from parallel import (
     StopSignals,
     all_reduce_sum,
@@ -58,18 +59,12 @@ from parallel import (
     process_group,
 )
 from sampling import check_prompts, sample_text
-from state import (
-    build_state,
-    check_vocabulary,
-    find_checkpoint,
-    load_initial,
-    save_state,
-    zero_grad,
-)
+from state import build_state, check_vocabulary, find_checkpoint, load_initial, save_state
 from tokenizer import KINDS, load_tokenizer
 from utils import (
     autocast,
     derived_seed,
+    deterministic,
     is_out_of_memory,
     peak_flops,
     peak_mb,
@@ -102,60 +97,56 @@ def train(
     fresh: bool = False,
     initial: dict | None = None,
     eval_only: bool = False,
+    run_name: str | None = None,
 ) -> dict:
     """Train as config says, resuming from the latest checkpoint in checkpoint_dir if there is one;
     return the last object logged to metrics.jsonl.
 
     resume requires a checkpoint, fresh sets an earlier run's aside; initial is a checkpoint's dict
     whose weights a new run starts from; eval_only measures the validation loss, {"step": ...,
-    "val_loss": ...}, and changes nothing. Under torchrun every process must call it with the same
-    arguments. Raises ValueError for user errors, CheckpointError, WriteError, NonFiniteError,
-    Interrupted, PeerError.
+    "val_loss": ...}, and changes nothing; run_name names the run's folder in log_dir. Under
+    torchrun every process must call it with the same arguments. Raises ValueError for user errors,
+    CheckpointError, WriteError, NonFiniteError, Interrupted, PeerError.
     """
     given, config, dataset, device, why = resolve(config)
     if initial is not None:
         check_vocabulary(initial, dataset)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(deterministic(device, config.deterministic))
         group = stack.enter_context(process_group(device, config.peer_timeout))
         signals = stack.enter_context(contextlib.nullcontext() if eval_only else StopSignals(group))
         check_alike(config, dataset.hash)
-        broadcast_from_rank0(lambda: stack.enter_context(lock(config.checkpoint_dir)))
-        saved = None if fresh else find_checkpoint(given, dataset, resume)
+        if not eval_only:
+            broadcast_from_rank0(lambda: stack.enter_context(lock(config.checkpoint_dir)))
+        is_new = fresh or (eval_only and initial is not None)
+        saved = None if is_new else find_checkpoint(given, dataset, resume, rename=not eval_only)
 
         # A batch follows from (seed, step, micro-step) alone: resuming needs the step, no more.
-        sampler = BatchSampler(
-            dataset.train,
-            config.block_size,
-            config.batch_size,
-            config.gradient_accumulation_steps,
-            config.seed,
-            rank(),
-            world_size(),
-            config.vocab_size,
-        )
+        B, T, count = config.batch_size, config.block_size, config.gradient_accumulation_steps
+        ranks = rank(), world_size()
+        sampler = BatchSampler(dataset.train, T, B, count, config.seed, *ranks, config.vocab_size)
         state = build_state(config, device, sampler, saved, initial)
         del saved, initial  # free the loaded tensors
         describe_run(state, config, dataset, f"{device} ({why})")
         if eval_only:
             val_loss = estimate_loss(state.forward, dataset.val, config, device)
             return {"step": state.step, "val_loss": val_loss}
+        tokenizer, folders = dataset.tokenizer, (config.log_dir, config.checkpoint_dir)
+        run_log = open_run(*folders, state.run, state.step, run_name)
+        state.run, records = broadcast_from_rank0(lambda: stack.enter_context(run_log))
         if fresh:
             broadcast_from_rank0(lambda: checkpoint.set_aside(config.checkpoint_dir))
-        tokenizer = load_tokenizer(dataset.tokenizer_path)
-        state.run, records = broadcast_from_rank0(
-            lambda: open_run(config.log_dir, state.run, state.step)
-        )
         log = RunLog(Path(config.log_dir) / state.run, records, state.step, config.max_iters)
         if state.step == 0:
             save_state(state, given, dataset, tokenizer, [checkpoint.LATEST])
         if state.step >= config.max_iters or out_of_patience(log, config):
             return report(state, config, log)
         stack.enter_context(contextlib.closing(log))
-        log.start(settings.to_dict(given), settings.to_dict(config))
+        log.start(settings.to_dict(given))
 
         model, optimizer, scaler = state.model, state.optimizer, state.scaler
-        micro_steps = config.gradient_accumulation_steps // world_size()
-        sequences = config.batch_size * config.gradient_accumulation_steps
+        micro_steps, tokens = count // world_size(), B * T * count
+        peak = peak_flops(device, config.dtype)
         since, since_step = time.perf_counter(), state.step
         while True:
             # learning rate
@@ -169,11 +160,11 @@ def train(
                 number = sampler.global_micro_step(micro_step)
                 torch.manual_seed(derived_seed(config.seed, state.step, number))  # for dropout
                 x, y = (to_device(ids, device) for ids in sampler.batch(state.step, micro_step))
-                with gradient_sync(state.forward, last=micro_step == micro_steps - 1):
-                    with autocast(device, config.dtype):
-                        # don't bind the logits: they would stay alive through backward
-                        micro_loss = state.forward(x, y)[1] / micro_steps
-                    scaler.scale(micro_loss).backward()
+                gradient_sync(state.forward, last=micro_step == micro_steps - 1)
+                with autocast(device, config.dtype):
+                    # don't bind the logits: they would stay alive through backward
+                    micro_loss = state.forward(x, y)[1] / micro_steps
+                scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
             loss = all_reduce_sum(loss) / world_size()
 
@@ -181,10 +172,10 @@ def train(
             scaler.unscale_(optimizer)
             limit = math.inf if config.grad_clip is None else config.grad_clip
             grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
-            if state.found_inf.check(loss, grad_norm, optimizer, state.step):
+            if state.found_inf.check(loss, grad_norm, optimizer):
                 optimizer.step()
             scaler.update()
-            zero_grad(state)
+            state.zero_grad()
             state.step += 1
             log.advance(state.step)
             if state.step == 1:
@@ -195,16 +186,16 @@ def train(
             evaluate = finished or state.step % config.eval_interval == 0
             due, sample = [], None
             if evaluate or state.step % config.log_interval == 0:
-                state.found_inf.read()
+                state.found_inf.read(state.step)
                 record = {"step": state.step, "loss": loss.item(), "lr": lr}
                 record["grad_norm"] = grad_norm.item()  # waits for the device, so before the clock
-                tokens = (state.step - since_step) * sequences * config.block_size
-                speed = tokens / (time.perf_counter() - since)
-                record |= {"tokens_per_second": speed, "mfu": mfu(model, config, device, speed)}
+                speed = (state.step - since_step) * tokens / (time.perf_counter() - since)
+                mfu = peak and speed * model.flops_per_token() / (world_size() * peak)
+                record |= {"tokens_per_second": speed, "mfu": mfu}  # of the devices' peak FLOP/s
                 if evaluate:
                     val_loss = estimate_loss(state.forward, dataset.val, config, device)
                     record["val_loss"] = val_loss
-                    with autocast(device, config.dtype):
+                    with autocast(device, config.dtype), deterministic(device, False):  # cumsum
                         sample = sample_text(model, tokenizer, "", 200, seed=config.seed)
                     best = math.inf if state.best_val_loss is None else state.best_val_loss
                     if val_loss < best:  # false for NaN
@@ -261,13 +252,6 @@ def estimate_loss(model, tokens, config, device) -> float:
     return all_reduce_sum(total).item() / len(starts)
 
 
-def mfu(model, config, device, tokens_per_second) -> float | None:
-    """Share of the devices' peak FLOP/s (Chowdhery et al. 2022); None if unknown."""
-    peak = peak_flops(device, config.dtype)
-    flops = model.flops_per_token() * tokens_per_second
-    return None if peak is None else flops / (peak * world_size())
-
-
 def check_first_loss(loss, config):
     """Warn if the first loss is well above ln(vocab_size), an untrained model's loss."""
     expected = math.log(config.vocab_size)
@@ -295,6 +279,7 @@ def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device,
     fields filled in; the data set; the device, and why it was picked. ValueError for conflicts.
     """
     validate(config)
+    check_place()
     steps, count = config.gradient_accumulation_steps, world_size()
     if steps % count:
         raise ValueError(
@@ -304,6 +289,7 @@ def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device,
     device, why = pick_device(config.device)
     dataset = TokenDataset(config.data_dir)
     dataset.require(config.block_size)
+    assert dataset.tokenizer.vocab_size == dataset.vocab_size  # or it raises ValueError
     given = replace(config, vocab_size=dataset.vocab_size)
     compiled = device.type == "cuda" if config.compile is None else config.compile
     dtype = config.dtype or pick_dtype(device)
@@ -342,8 +328,8 @@ def report(state, config, log) -> dict:
     if state.step > log.first_step:
         log_row("done", f"{state.step:,} steps in {human_time(last['seconds'])}", "green")
     else:
-        of = config.max_iters
-        longer = f"--max_iters {max(100, 2 * of)}" if state.step >= of else "--patience none"
+        of, more = config.max_iters, max(100, 2 * state.step)
+        longer = f"--max_iters {more}" if state.step >= of else "--patience none"
         over = f"this run is over, at step {state.step:,} of {of:,}"
         go_on = f"{longer} trains it for longer, --fresh starts a new one"
         log_row("finished", f"{over}\n{go_on}", "green")
@@ -375,6 +361,7 @@ class TrainOptions:
     init_from: str = "scratch"  # or a checkpoint, a Hugging Face folder, gpt2 ... gpt2-xl, org/name
     config: str | None = None  # settings as JSON, as a run writes them
     # which run (an earlier one that fits is continued)
+    run_name: FolderName | None = None  # its folder in log_dir; unset: the date
     resume: bool = False  # fail if there is no checkpoint to resume from
     fresh: bool = False  # set an earlier run aside, start from scratch
     eval_only: bool = False  # print the validation loss, no more
@@ -385,6 +372,8 @@ class TrainOptions:
     def problems(self):
         if self.resume and self.fresh:
             yield Problem(("resume", "fresh"), "--fresh: not with --resume")
+        if self.run_name and self.eval_only:
+            yield Problem(("run_name",), "--run_name: not with --eval_only, which logs nothing")
         if self.init_from == "resume":  # as in nanoGPT
             message = "--init_from resume: a run goes on by itself; --resume insists on that"
             yield Problem(("init_from",), message)
@@ -402,13 +391,16 @@ def main(argv=None) -> int:
         data_dir = config.data_dir if "data_dir" in chosen else None
         config.data_dir = prepare_text(options, data_dir, initial)
         chosen.add("data_dir")
+    dataset = TokenDataset(config.data_dir)
+    if "vocab_size" in chosen and config.vocab_size != dataset.vocab_size:
+        given = f"--vocab_size {config.vocab_size}: {config.data_dir} has {dataset.vocab_size:,}"
+        raise ValueError(f"{given}; leave it out, the model pads by itself what is faster padded")
     config = with_preset(config, chosen, initial)
     if options.prompt is not None:  # fail now, not at the end of the run
-        tokenizer = load_tokenizer(TokenDataset(config.data_dir).tokenizer_path)
-        check_prompts(tokenizer, [options.prompt])
-    initial = [initial]  # popped by the call: no reference outlives it
+        check_prompts(dataset.tokenizer, [options.prompt])
+    initial, name = [initial], options.run_name  # popped by the call: no reference outlives it
     try:
-        last = train(config, options.resume, options.fresh, initial.pop(), options.eval_only)
+        last = train(config, options.resume, options.fresh, initial.pop(), options.eval_only, name)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -453,7 +445,7 @@ def parse_command_line(argv) -> tuple[TrainOptions, GPT2Config, set[str]]:
             hint = f"; did you mean {near[0]}?" if near else ""
             found.append(Problem((), f"--config {options.config}: unknown setting {name}{hint}"))
         config = replace(config, **{n: v for n, v in values.items() if n in names - given})
-        chosen |= set(values) & names
+        chosen |= set(values) & names - {"vocab_size"}  # a run writes that of its data set
     is_final = config.preset == "none"
     found += [p for p in problems(config) if is_final or set(p.fields) <= chosen]
     found += problems(options)

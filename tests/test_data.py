@@ -60,18 +60,6 @@ def test_bad_input_odd_or_wrong_size_names_both_numbers(tmp_path):
         TokenDataset(tmp_path)
 
 
-PARTS = {"settings": None, "sources": [{}], "splits": {"train": {}}, "dtype": "int8", "format": 2}
-
-
-@pytest.mark.parametrize("change", ["{", "[]", *({name: PARTS[name]} for name in PARTS)], ids=str)
-def test_bad_input_a_damaged_meta_names_file_and_field(tmp_path, change):
-    meta = write(tmp_path, range(10))
-    text, name = (change, "") if isinstance(change, str) else (json.dumps(meta | change), *change)
-    (tmp_path / "meta.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"^.*meta\.json: {name}.*--overwrite$"):
-        TokenDataset(tmp_path)
-
-
 def test_bad_input_a_tokenizer_that_is_lost_or_another_is_refused(tmp_path):
     write(tmp_path, range(10))
     CharTokenizer.train("ab").save(tmp_path / "tokenizer.json")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -180,6 +181,19 @@ def test_out_of_memory_is_one_line_with_what_needs_less(here, capsys, monkeypatc
     assert "out of memory" in line and "--num_samples" in line
 
 
+@pytest.mark.parametrize("several", [[], ["--num_samples", "3"], ["--output", "x.txt"]])
+def test_stats_count_every_token_and_change_no_text(here, capsys, several):
+    assert cli("--prompt", "to be", *several) == 0
+    plain = capsys.readouterr().out
+    assert cli("--prompt", "to be", *several, "--stats") == 0
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if line.startswith("stats ")]
+    tokens = 12 * (3 if "3" in several else 1)
+    assert re.search(rf"{tokens} tokens in [\d.]+ s, [\d,.]+ a second; the first after", line)
+    assert float(re.search(r"([\d,]+) MB", line)[1].replace(",", "")) > 50
+    assert out == plain and ("wrote      1 text to" in err) == ("--output" in several)
+
+
 def test_several_samples_are_separated_by_a_line(here, capsys):
     assert cli("--prompt", "to be") == 0
     alone = capsys.readouterr().out
@@ -248,7 +262,7 @@ def test_temperature_0_is_the_same_with_any_seed(here, capsys):
         (["--num_samples", "0"], ["--num_samples 0"]),
         (["--stop", ""], ["--stop"]),
         (["--temprature", "1"], ["--temperature"]),
-        (["--dtype", "int8"], ["--dtype int8"]),
+        (["--dtype", "int4"], ["--dtype int4"]),
         (["--device", "toaster"], ["--device toaster"]),
         (["--prompts_file", "missing.txt"], ["missing.txt"]),
         (["--prompts_file", "checkpoints"], ["checkpoints"]),
@@ -296,6 +310,20 @@ def test_interactive_counts_seeds_from_the_one_that_is_set(here, capsys, monkeyp
         assert cli("--prompt", "to be", "--seed", seed) == 0
         alone.append(capsys.readouterr().out)
     assert lines == "".join(alone) and len(set(alone)) == 4
+
+
+def test_interactive_takes_a_prompt_of_several_lines_and_continues_it_again(
+    here, capsys, monkeypatch
+):
+    type_lines(monkeypatch, "/again\nto be\\\nshall i\n/again\nend\\")
+    assert cli("--interactive") == 0
+    out, err = capsys.readouterr()
+    alone = []
+    for prompt, seed in (("to be\nshall i", "1337"), ("to be\nshall i", "1338"), ("end\n", "1339")):
+        assert cli("--prompt", prompt, "--seed", seed) == 0
+        alone.append(capsys.readouterr().out)
+    assert out == "".join(alone) and len(set(alone)) == 3
+    assert err.count("error: /again") == 1  # before there was anything to continue
 
 
 def test_interactive_without_any_input_leaves_with_0(here, monkeypatch):
@@ -356,4 +384,5 @@ def test_few_frames_lie_between_the_command_line_and_the_model(here, monkeypatch
     real = GPT2.forward
     monkeypatch.setattr(GPT2, "forward", forward)
     assert cli("--prompt", "a") == 0
-    assert found[-1] == ["run", "main", "show_texts", "stream_text", "generate_ids"]
+    assert found[-1][:5] == ["run", "main", "show_texts", "stream_text", "generate_ids"]
+    assert len(found[-1]) <= 6

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from test_hostile import within_limits
 
+import huggingface
 import tokenizer as module
 from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, StreamDecoder, load_tokenizer
 
@@ -254,15 +256,64 @@ DAMAGED = {
     "special twice": BPE | {"special": {"<eot>": 257, "<pad>": 257}},
     "gpt2 too short": BPE | {"kind": "gpt2"},
 }
+ENDLESS = {  # what would take minutes or gigabytes
+    "a token of 131,072 symbols": BPE | {"tokens": BPE["tokens"] + " " + "a" * 131_072},
+    "a million tokens": BPE | {"tokens": BPE["tokens"] + " a" * 2**20},
+    "a special token of 10 MB": BPE | {"special": {"x" * 10**7: 257}},
+    "20,000 special tokens": BPE | {"special": {f"<{i}>": 257 + i for i in range(20_000)}},
+    "two million characters": CHAR | {"characters": ["a", "b"] * 2**20},
+    "20 MB": b"[" * 20_000_000,
+}
 
 
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_file_is_refused_by_name(content, tmp_path):
+@pytest.mark.parametrize("content", (DAMAGED | ENDLESS).values(), ids=DAMAGED | ENDLESS)
+def test_damaged_file_is_refused_by_name_within_limits(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer: .") as caught:
-        load_tokenizer(path)
-    assert "\n" not in str(caught.value)
+
+    def refused():
+        with pytest.raises(ValueError, match=r"tokenizer\.json( is not a tokenizer)?: .") as caught:
+            load_tokenizer(path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+    within_limits(refused)
+
+
+def theirs(tokens, special, normalizer=None):
+    """A tokenizer.json as Hugging Face's library writes it; each token is the last one twice."""
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)} | special}
+    model["merges"] = [[token[: len(token) // 2]] * 2 for token in tokens if len(token) > 1]
+    added = [{"id": i, "content": text, "special": True} for text, i in special.items()]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    level["use_regex"] = True
+    spec = {"version": "1.0", "added_tokens": [plain | token for token in added], "model": model}
+    spec |= {"normalizer": normalizer, "pre_tokenizer": level, "post_processor": None}
+    return spec | {"decoder": level, "truncation": None, "padding": None}
+
+
+LONG = [*module.SYMBOLS, *("a" * 2**n for n in range(1, 18))]  # the last of 131,072 symbols
+PANIC = {"type": "Precompiled", "precompiled_charsmap": ""}
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "why"),
+    [
+        (theirs(module.SYMBOLS, {"<e>": 256}), 257, None),
+        (theirs(LONG, {"<e>": 273}), 274, "too long to merge, up to 131,072 bytes"),
+        (theirs(module.SYMBOLS, {"x" * 10**7: 256}), 257, "more than 1,000 characters"),
+        (theirs(module.SYMBOLS, {"<e>": 256}), 2**24, "256 tokens, the model 16,777,216"),
+        (theirs(module.SYMBOLS, {"<e>": 256}, PANIC), 257, "its normalizer"),
+    ],
+    ids=["plain", "long token", "long special", "far fewer", "panic"],
+)
+def test_hugging_faces_tokenizers_are_read_or_left_out_within_limits(
+    spec, size, why, tmp_path, capfd
+):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    within_limits(lambda: print(huggingface.read_hf_tokenizer(tmp_path, size)))
+    out, err = capfd.readouterr()
+    assert "panicked" not in err and ("BPETokenizer" in out if why is None else why in err)
 
 
 def test_missing_file_is_not_found(tmp_path):
