@@ -232,7 +232,7 @@ def training(model, optimizer, options, config):
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()  # (B, T) each
 
     def sample():
-        with deterministic(idx.device, config.deterministic):
+        with deterministic(config.deterministic and idx.is_cuda):
             for _ in range(options.steps):
                 training_step(model, optimizer, x, y, config.dtype)
         return options.steps * x.numel()

@@ -65,7 +65,7 @@ class GPT2Config:
     device: str | None = None  # cuda, cuda:1, mps or cpu; unset: the best available
     dtype: Dtype | None = None  # precision of the matrix products; unset: the best available
     compile: bool | None = None  # torch.compile; unset: on CUDA only
-    deterministic: bool = True  # the same run gives the same numbers on CUDA, too
+    deterministic: bool = True  # the same run gives the same numbers; CUDA and --compile
     parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: replicated or sharded weights
     activation_checkpointing: bool = False  # recompute activations in the backward pass
     peer_timeout: number(above=0, most=1e9) = 600  # seconds to wait for another process

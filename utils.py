@@ -136,13 +136,10 @@ def set_up_device(device: torch.device, thrifty: bool = False):
 
 
 @contextlib.contextmanager
-def deterministic(device: torch.device, on: bool = True):
-    """On CUDA: whether kernels must give the same numbers in every run; operators that have no such
-    kernel raise RuntimeError. Other devices are left as they are.
+def deterministic(on: bool = True):
+    """Whether kernels must give the same numbers in every run; operators that have no such kernel
+    raise RuntimeError.
     """
-    if device.type != "cuda":
-        yield
-        return
     before = torch.are_deterministic_algorithms_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
     torch.use_deterministic_algorithms(on)

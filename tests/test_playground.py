@@ -453,10 +453,10 @@ class Reader:
 
     def choose(self, offset):
         """Put the cursor before a character, as the arrow keys would, and wait for the panel."""
-        self.js("document.querySelector('#panel').replaceChildren()")
+        self.js("document.querySelector('#panel').ariaBusy = 'true'")
         self.js("document.querySelector('#text').focus()")
         self.js("document.activeElement.setSelectionRange(...arguments)", offset, offset)
-        self.until(lambda: self.all("#mirror .chosen") and self.all("#panel *"))
+        self.until(lambda: self.all("#mirror .chosen") and self.all("#panel[aria-busy=false] *"))
 
     def show(self, tab):
         self.find(f"#tab-{tab}").click()

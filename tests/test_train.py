@@ -35,7 +35,6 @@ from sampling import sample_text
 from state import FoundInf, NonFiniteError
 from tokenizer import load_tokenizer
 from train import train
-from utils import deterministic
 
 OLD = Path(__file__).parent / "old"  # made before the redesign: see expected.json there
 KILLS = [*range(5), *(pytest.param(i, marks=pytest.mark.slow) for i in range(5, 50))]
@@ -304,10 +303,10 @@ def test_accumulation_equals_one_large_batch(config, monkeypatch):
 def test_updates_and_evaluations_ask_for_deterministic_kernels_and_samples_do_not(
     config, monkeypatch
 ):
-    """As on CUDA, where the cumulative sum of a sample has none."""
+    """As with compiled kernels of a CPU; the cumulative sum of a sample has none on CUDA."""
     asked, state = {}, torch.are_deterministic_algorithms_enabled
-    on_cuda = lambda device, on: deterministic(torch.device("cuda"), on)  # noqa: E731
-    monkeypatch.setattr(training, "deterministic", on_cuda)
+    monkeypatch.setattr("state.compile_model", lambda model: model)
+    config = replace(config, compile=True)
     monkeypatch.setattr(training, "estimate_loss", lambda *_: asked.update(loss=state()) or 1.0)
     monkeypatch.setattr(training, "sample_text", lambda *_, **__: asked.update(sample=state()))
     during(3, lambda: asked.update(update=state()), patch=monkeypatch.setattr)

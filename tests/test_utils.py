@@ -58,20 +58,20 @@ def test_out_of_memory_is_recognised_and_other_errors_are_not():
     assert not utils.is_out_of_memory(RuntimeError("mat1 and mat2 do not fit"))
 
 
-def test_cuda_alone_is_set_up_for_the_same_numbers_and_without_cudnn_attention(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+def test_deterministic_kernels_are_asked_for_as_long_as_they_are_wanted():
     states = []
-    for kind in ("cpu", "cuda"):
-        device = torch.device(kind)
-        with pytest.raises(KeyError), utils.deterministic(device):
-            states.append(torch.are_deterministic_algorithms_enabled())
-            with utils.deterministic(device, on=False):
-                states.append(torch.are_deterministic_algorithms_enabled())
-            raise KeyError
+    with pytest.raises(KeyError), utils.deterministic():
         states.append(torch.are_deterministic_algorithms_enabled())
-    assert states == [False] * 3 + [True, False, False]
+        with utils.deterministic(False):
+            states.append(torch.are_deterministic_algorithms_enabled())
+        raise KeyError
+    assert states == [True, False] and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_cuda_is_set_up_without_cudnn_attention(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     torch.backends.cuda.enable_cudnn_sdp(True)
-    utils.set_up_device(device)
+    utils.set_up_device(torch.device("cuda"))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.matmul.allow_tf32 = False
 
