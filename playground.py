@@ -35,7 +35,7 @@ from sampling import Sampling, TextStream, generate_ids, logits_to_probs, prompt
 
 TEXT_TOKENS, REQUEST_BYTES, AT_ONCE = 2048, 2**18, 16  # of a text; of a request; requests
 BODY_SECONDS = 10  # in which a request must be here
-PAUSE_SECONDS = 0.02  # between two messages with new tokens
+PAUSE_SECONDS = 0.1  # between two messages with new tokens
 SHOWN, COLUMNS = 10, 6  # candidates; tokens in the table of layers
 
 

@@ -5,10 +5,12 @@ import contextlib
 import http.client
 import json
 import math
+import operator
 import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -618,7 +620,7 @@ def test_writing_on_the_page_is_as_fast_as_generate_py(browser, tmp_path):
     config = GPT2Config(**{k: v for k, v in sizes if k in names}, vocab_size=65)
     model, path = GPT2(config).eval(), tmp_path / "small.pt"
     checkpoint.save(path, checkpoint.new_state(config, model.state_dict(), tokenizer))
-    rates, count = {"generate.py": [], "stream": [], "page": []}, 1000
+    rates, count = {"generate.py": [], "stream": [], "page": []}, 2000
     with served(path, tmp_path) as page:
         browser.get(f"http://127.0.0.1:{page.port}/")
         reader = Reader(browser)
@@ -637,12 +639,14 @@ def test_writing_on_the_page_is_as_fast_as_generate_py(browser, tmp_path):
             reader.until(reader.has_written)
             rates["page"].append(int(re.search(r"(\d+) a second", reader.find("#status").text)[1]))
         firsts = reader.js("return firsts")
-    best = {name: max(found) for name, found in rates.items()}
-    print("\ntokens/s", {name: round(rate) for name, rate in best.items()})
+    shares = {
+        name: statistics.median(map(operator.truediv, found, rates["generate.py"]))
+        for name, found in rates.items()
+    }
+    print("\nof generate.py's tokens/s", {name: round(share, 2) for name, share in shares.items()})
     print("first token after ms", [round(first) for first in firsts])
     assert len(firsts) == 5 and sorted(firsts)[2] < 300
-    assert best["stream"] >= 0.9 * best["generate.py"]
-    assert best["page"] >= 0.9 * best["generate.py"]
+    assert shares["stream"] >= 0.9 and shares["page"] >= 0.9
 
 
 # milliseconds from the key to the picture that has the first new text
