@@ -112,9 +112,7 @@ def train(
     if initial is not None:
         check_vocabulary(initial, dataset)
     with contextlib.ExitStack() as stack:
-        may_differ = (
-            config.compile or device.type == "cuda"
-        )  # eager CPU kernels do not
+        may_differ = config.compile or device.type == "cuda"  # eager CPU kernels do not
         stack.enter_context(deterministic(config.deterministic and may_differ))
         group = stack.enter_context(process_group(device, config.peer_timeout))
         signals = stack.enter_context(contextlib.nullcontext() if eval_only else StopSignals(group))
