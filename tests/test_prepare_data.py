@@ -213,8 +213,8 @@ def test_folder_gz_md_and_jsonl_are_read_in_order(tmp_path):
     folder = tmp_path / "in"
     write(folder / "b.jsonl", '{"text": "two"}\n\n{"text": "thr\\u00e9e", "id": 3}\n')
     write(folder / "a.md", "one")
-    write(folder / "c" / "d.TXT.gz", gzip.compress(b"four" * 20))
-    write(folder / "c" / "e.jsonl.gz", gzip.compress(b'{"text": "five"}'))
+    write(folder / "c" / "d.TXT.gz", gzip.compress(b"four" * 20, mtime=0))
+    write(folder / "c" / "e.jsonl.gz", gzip.compress(b'{"text": "five"}', mtime=0))
     write(folder / "picture.png", b"\xff")
     write(folder / ".hidden" / "f.txt", "never")
     six = write(tmp_path / ".z.txt", "six")  # it is named itself
@@ -281,7 +281,7 @@ HALF = "half: 中".encode()[:-1]
         ("a.txt", b"caf\xe9 au lait", "a.txt: byte 0xE9 at offset 3"),
         ("a.txt", b"\xef\xbb\xbfcaf\xe9", "a.txt: byte 0xE9 at offset 6"),
         ("a.txt", HALF, "a.txt: byte 0xE4 at offset 6"),
-        ("a.txt.gz", gzip.compress(b"hello" * 99)[:-9], "a.txt.gz: not a whole gzip file"),
+        ("a.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-9], "a.txt.gz: not a whole gzip file"),
         ("a.txt.gz", b"hello", "a.txt.gz: not a whole gzip file"),
         ("a.txt.gz", b"", "a.txt.gz: not a whole gzip file (it is empty)"),
         ("a.txt", b"", "no text, 0 characters"),
