@@ -35,9 +35,10 @@ def pytest_configure(config):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Two share the suite; a file, or what is to be seen with -s, is run here."""
+    """Two share the suite; a file, what is to be seen with -s, and a GPU's tests are run here."""
     is_suite = all(Path(arg).is_dir() for arg in config.args)
-    return 2 if is_suite and config.option.capture != "no" else 0
+    alone = config.option.capture == "no" or config.option.markexpr.startswith("gpu")
+    return 2 if is_suite and not alone else 0
 
 
 def same(one, other):

@@ -143,15 +143,6 @@ def test_the_step_of_a_graph_gives_the_same_text_past_block_size(monkeypatch, po
     assert len(graphs) == len(rows)  # one a text, its steps past block_size too
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_cuda_graph_gives_the_text_of_plain_steps(monkeypatch):
-    model = tiny_model(len(ALPHABET)).double().cuda()
-    graphed = columns(model, PROMPTS, Sampling(60, 0.9))
-    monkeypatch.setattr(sampling, "use_graph", lambda device: False)
-    assert columns(model, PROMPTS, Sampling(60, 0.9)) == graphed
-
-
 @pytest.mark.parametrize("block_size", [1, 2, 3])
 def test_the_shortest_contexts_agree_too(block_size):
     model = tiny_model(30, block_size).double()

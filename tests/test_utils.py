@@ -77,7 +77,7 @@ def test_cuda_is_set_up_without_cudnn_attention(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="-m gpu on a CUDA device runs it")
 def test_a_batch_arrives_on_the_gpu_and_memory_is_measured():
     device, why = utils.pick_device()
     utils.set_up_device(device)
