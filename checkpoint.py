@@ -1,19 +1,14 @@
 """Checkpoints: whole or absent on disk, checked before use, unable to run code; and models by
-name, wherever they come from.
+name, wherever they come from. A checkpoint is one file that torch.load can read, too: State.
 
     from checkpoint import load_model
     model, tokenizer = load_model("gpt2")  # or a checkpoint's path, or a Hugging Face folder
-
-A checkpoint is one file that torch.load(path, weights_only=True) reads: the dict described by
-State, of plain tensors, numbers, strings, lists and dicts.
 """
 
-import math
 import os
 import pickle
 import re
 import time
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,10 +28,10 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import TypedDict
 
 import files
-from archive import check_archive
+from archive import read_archive
 from config import DTYPES, GPT2Config, dtype_name, to_dict
 from huggingface import EMBEDDING, HEAD, download_model, hub_name, read_hf
-from logger import command_for, log_next, log_row, quoted, warn
+from logger import command_for, log_next, log_row, quoted
 from model import GPT2
 from options import FolderName, reason, validate
 from quantize import to_int8
@@ -46,22 +41,11 @@ from utils import pick_device, pick_dtype
 FORMAT = 1  # raised when an older reader would misread a newer file
 LATEST, PREVIOUS = "checkpoint.pt", "previous_checkpoint.pt"  # PREVIOUS: the latest before LATEST
 BEST, FINAL = "best_checkpoint.pt", "final_checkpoint.pt"  # lowest validation loss; end of a run
-NUMBERED = "checkpoint_iter_{}.pt"  # every checkpoint_interval steps
 EARLIER = "????-??-??_??-??-??*/*.pt*"  # runs that were set aside
+NUMBERED = "checkpoint_iter_{}.pt"  # every checkpoint_interval steps
 # what is kept for a weight; with Muon that is for the blocks' matrices, for others it is AdamW's
 OPTIMIZER_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"step", "momentum_buffer"}}
 ON_DISK = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
-UNREADABLE = {  # what was raised: what it means
-    zipfile.BadZipFile: "it is cut short, damaged or no checkpoint",
-    pickle.UnpicklingError: "it holds more than plain data, which might run code when opened",
-} | dict.fromkeys((KeyError, IndexError, TypeError), "what it holds is no checkpoint")
-# plain English: any model of English does far better on it than guessing
-SANE_TEXT = (
-    "The river was high after a week of rain, and the old bridge at the end of the village had "
-    "been closed to carts. People crossed it on foot, one after the other, holding on to the rail. "
-    "On the far side a boy sold apples from a basket, and when the sun came out in the afternoon "
-    "he had none left and went home across the fields with his hands in his pockets."
-)
 
 
 class CheckpointError(Exception):
@@ -119,10 +103,8 @@ KEYS = tuple(State.model_fields)
 
 
 def save(path, state: dict, previous=None):
-    """Write state, with its tensors in host memory, to path atomically; the file that it replaces
-    is kept under the path `previous`, if given.
-
-    Raises files.WriteError, ValueError for an optimizer state that load would refuse.
+    """Write state to path atomically; the file that it replaces stays under the path `previous`, if
+    given. Raises files.WriteError, ValueError for an optimizer state that load would refuse.
     """
     check_optimizer_state(state)
     try:
@@ -137,14 +119,8 @@ def save(path, state: dict, previous=None):
         raise files.WriteError(f"{error}; the checkpoint needs {needed:,.1f} MB") from error
 
 
-def save_latest(folder, state: dict):
-    """Save checkpoint.pt; the one that it replaces stays as previous_checkpoint.pt."""
-    save(Path(folder) / LATEST, state, previous=Path(folder) / PREVIOUS)
-
-
-def save_numbered(folder, state: dict, keep: int):
-    """Save checkpoint_iter_N.pt and remove all but the newest `keep` of its kind."""
-    save(Path(folder) / NUMBERED.format(state["step"]), state)
+def remove_old(folder, keep: int):
+    """Remove all but the newest `keep` of the numbered checkpoints."""
     paths = Path(folder).glob(NUMBERED.format("*"))
     for path in sorted(paths, key=lambda p: int(re.sub(r"\D", "", p.stem) or 0))[: -keep or None]:
         path.unlink(missing_ok=True)
@@ -154,16 +130,12 @@ def save_numbered(folder, state: dict, keep: int):
 
 
 def load(path, check=None) -> dict:
-    """The checkpoint at path, with every byte checked: the CRC-32 of each record, then State, then
-    that weights and optimizer state fit its config. Runs no code.
-
-    check: called instead with the content of another program's file; raises if that is wrong.
-    Raises CheckpointError, whatever zipfile, torch or check raise.
+    """The checkpoint at path: every byte is compared with its checksum, every value checked by
+    check_state; or by `check`, for another program's file. Raises CheckpointError, no other.
     """
     try:
         with files.open_file(path) as file:
-            check_archive(file, os.fstat(file.fileno()).st_size)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_archive(file, os.fstat(file.fileno()).st_size)
         (check or check_state)(state)
     except Exception as error:
         raise CheckpointError(f"{path}: not usable, {_problems(error)[0]}") from error
@@ -215,36 +187,38 @@ class EmptyInit(TorchFunctionMode):
 
 
 def build_model(config: GPT2Config, tensors: dict) -> GPT2:
-    """A model with tensors themselves as its weights, neither initialized nor copied.
-
-    Raises ValueError with a line for each kind of wrong name or shape.
+    """A model with tensors themselves as its weights, neither initialized nor copied. ValueError
+    with a line for each kind of wrong name or shape.
     """
     if len(tensors) < config.n_layer:  # do not build a large model for a small file
         raise ValueError("its config describes a larger model than it holds")
     with torch.device("meta"), EmptyInit():
         model = GPT2(config)
-    load_weights(model, {"model": tensors}, assign=True)
+    load_weights(model, tensors, assign=True)
     if not torch.equal(tensors[HEAD].to(tensors[EMBEDDING]), tensors[EMBEDDING]):
         raise ValueError(f"{HEAD} differs from {EMBEDDING}: the head is not tied")
     model.lm_head.weight = model.transformer.wte.weight  # assigning has untied them
     return model
 
 
-def load_weights(model: GPT2, state: dict, assign=False):
-    """Copy a state's weights into model, or assign them. Raises ValueError as build_model does."""
+def load_weights(model: GPT2, tensors: dict, assign=False):
+    """Copy tensors into model, or assign them. Raises ValueError as build_model does."""
     try:
-        model.load_state_dict(state["model"], assign=assign)
+        model.load_state_dict(tensors, assign=assign)
     except RuntimeError as error:
-        _, *lines = str(error).splitlines()  # the first only announces the others
-        raise ValueError("\n".join(lines)) from None
+        raise ValueError(str(error).partition("\n")[2]) from None  # its first line only announces
 
 
 def _problems(error) -> list[str]:
     """What is wrong with a checkpoint, a line for each problem, for users."""
-    text = UNREADABLE.get(type(error)) or getattr(error, "strerror", None) or str(error)
-    lines = text.splitlines() or [type(error).__name__]
     if isinstance(error, ValidationError):
         lines = [f"{'.'.join(map(str, e['loc']))}: {reason(e)}" for e in error.errors()]
+    elif isinstance(error, pickle.UnpicklingError):
+        lines = ["it holds more than plain data, which might run code when opened"]
+    elif isinstance(error, (ValueError, RuntimeError, OSError)):
+        lines = (getattr(error, "strerror", None) or str(error)).splitlines()
+    else:
+        lines = ["it is cut short, damaged or no checkpoint"]
     return [line.strip().removeprefix("--").removeprefix(": ")[:200] for line in lines[:12]]
 
 
@@ -253,9 +227,8 @@ def _problems(error) -> list[str]:
 
 def latest(folder, rename: bool = True) -> tuple[Path, dict, list[str]] | None:
     """The newest intact checkpoint of a folder: its path, its state, and what is wrong with each
-    newer file, which is renamed to NAME.damaged if asked. None if there are no checkpoints.
-
-    Raises CheckpointError, naming every file and touching none, if none is intact.
+    newer file, which is renamed to NAME.damaged if asked. None if there are no checkpoints;
+    CheckpointError, naming every file and touching none, if none is intact.
     """
     damaged = {}
     for path in _newest_first(Path(folder)):
@@ -280,22 +253,18 @@ def _newest_first(folder):
     return [*folder.glob(LATEST), *folder.glob(PREVIOUS), *others]
 
 
-def set_aside(folder) -> Path | None:
-    """Move a run's checkpoints into a new dated subfolder and return it; None if there are none."""
+def set_aside(folder):
+    """Move a run's checkpoints, if there are any, into a new dated subfolder."""
     paths = [*_newest_first(Path(folder)), *Path(folder).glob("*.pt.damaged*")]
-    if not paths:
-        return None
-    target = files.free_name(Path(folder) / time.strftime("%Y-%m-%d_%H-%M-%S"))
-    with files.writing(target):
-        target.mkdir()
-        for path in paths:
-            os.replace(path, target / path.name)
-    size = sum(path.stat().st_size for path in Path(folder).glob(EARLIER))
-    so_far = (
-        f"{size / 1e9:,.2f} GB are set aside by now: `rm {quoted(folder)}/{EARLIER}` deletes them"
-    )
-    log_row("set aside", f"the earlier run's checkpoints, in {target}\n{so_far}")
-    return target
+    if paths:
+        target = files.free_name(Path(folder) / time.strftime("%Y-%m-%d_%H-%M-%S"))
+        with files.writing(target):
+            target.mkdir()
+            for path in paths:
+                os.replace(path, target / path.name)
+        size = sum(path.stat().st_size for path in Path(folder).glob(EARLIER)) / 1e9
+        so_far = f"{size:,.2f} GB are set aside by now; `rm {quoted(folder)}/{EARLIER}` deletes it"
+        log_row("set aside", f"the earlier run's checkpoints, in {target}\n{so_far}")
 
 
 # ---------------------------------------------------------------- a model by its name
@@ -319,8 +288,7 @@ def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
 
     spec: a checkpoint's path, a Hugging Face folder, or a name on the hub (gpt2-xl, org/name);
     None: the best of ./checkpoints, else the latest. device, dtype: names or torch's own, or int8;
-    None: the best for this machine. need_tokenizer: False returns None for a tokenizer that is
-    missing.
+    None: the best for this machine. need_tokenizer: False returns None for one that is missing.
     Raises CheckpointError without a usable checkpoint, ValueError for the rest.
     """
     device, _ = pick_device(None if device is None else str(device))
@@ -332,17 +300,11 @@ def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
     if tokenizer is None and need_tokenizer:
         raise ValueError(f"{name} has no tokenizer, so it can neither read nor write text")
     model = model.to(device, getattr(torch, wanted.dtype)).eval()
-    history = ""
-    if state["step"] > 0:
-        best = state["best_val_loss"]
-        loss = "unknown" if best is None else format(best, ".4f")
-        history = f" (step {state['step']:,}, validation loss {loss})"
-    facts = f"{describe_model(model, tokenizer)}, {dtype} on {device}"
-    model = to_int8(model) if dtype == "int8" else model
-    log_row("model", f"{name}{history}\n{facts}")
-    if not Path(name).is_file():
-        check_loss(model, tokenizer)
-    return model, tokenizer
+    best = state["best_val_loss"]
+    loss = "" if best is None else f", validation loss {best:.4f}"
+    history = f" (step {state['step']:,}{loss})" if state["step"] else ""
+    log_row("model", f"{name}{history}\n{describe_model(model, tokenizer)}, {dtype} on {device}")
+    return to_int8(model) if dtype == "int8" else model, tokenizer
 
 
 def load_state(spec=None) -> tuple[dict, str]:
@@ -359,23 +321,19 @@ def load_state(spec=None) -> tuple[dict, str]:
     if not path.is_dir():
         name = hub_name(name)
         if name is None:
-            raise CheckpointError(
-                f"{spec}: no such file or folder, nor a hub name (gpt2, org/name)"
-            )
+            raise CheckpointError(f"{spec}: no file or folder, nor a hub name (gpt2, org/name)")
         path = download_model(name)
     return new_state(*read_hf(path, name), name), name
 
 
 def new_state(config: GPT2Config, tensors: dict, tokenizer, name: str = "the model") -> dict:
-    """The checkpoint of a model from elsewhere: at step 0, without optimizer state and data, and
-    with or without (None) a tokenizer. The weights keep their type.
-
-    Raises ValueError with a line for each problem of the tensors, beginning with name.
+    """The checkpoint of a model from elsewhere, with or without (None) a tokenizer, at step 0. The
+    weights keep their type. ValueError, with name, for each problem of the tensors.
     """
+    vocabulary = {} if tokenizer is None else tokenizer.to_dict()
     state = {"format": FORMAT, "step": 0, "best_val_loss": None, "model": tensors}
     state |= {"optimizer": {}, "scaler": {}, "rng": {}, "config": to_dict(config)}
-    state |= {"tokenizer": {} if tokenizer is None else tokenizer.to_dict()}
-    state |= {"data_hash": None, "run": None}
+    state |= {"tokenizer": vocabulary, "data_hash": None, "run": None}
     try:
         check_state(state)
     except ValueError as error:
@@ -384,9 +342,8 @@ def new_state(config: GPT2Config, tensors: dict, tokenizer, name: str = "the mod
 
 
 def build(state: dict, name: str):
-    """The model of a state, whose tensors it takes over, and its tokenizer or None.
-
-    Raises CheckpointError, beginning with name, for a tokenizer that does not fit the model.
+    """The model of a state, whose tensors it takes over, and its tokenizer or None; CheckpointError
+    if that does not fit the model.
     """
     model, tokenizer = build_model(model_config(state), state["model"]), None
     try:
@@ -402,27 +359,6 @@ def build(state: dict, name: str):
 def describe_model(model, tokenizer) -> str:
     kind = "no tokenizer" if tokenizer is None else f"{tokenizer.kind} tokenizer"
     return f"{model.num_params():,} parameters, {kind} ({model.config.vocab_size:,} tokens)"
-
-
-@torch.no_grad()
-def check_loss(model, tokenizer) -> float | None:
-    """Log the loss on a short English text, and warn if guessing would do better, as it would than
-    misread weights. None if the model cannot read the text.
-    """
-    if tokenizer is None:
-        return None
-    text = SANE_TEXT
-    if tokenizer.kind == "char":
-        text = "".join(c for c in text if c in tokenizer.characters)
-    ids = tokenizer.encode(text)[: model.config.block_size + 1]
-    if len(ids) < 2:
-        return None
-    idx = torch.tensor([ids], device=next(model.parameters()).device)  # (1, T + 1)
-    loss, guessing = model(idx[:, :-1], idx[:, 1:])[1].item(), math.log(model.config.vocab_size)
-    log_row("check", f"loss {loss:.4f} on a built-in English text, {guessing:.4f} by guessing")
-    if not loss < guessing + 0.5:
-        warn("that is worse than guessing; are the weights what they should be?")
-    return loss
 
 
 def log_next_generate(checkpoint=None, device=None, dtype=None):

@@ -1,12 +1,4 @@
-"""All settings of a run, as one typed dataclass, and the presets.
-
-From Python:
-
-    from config import GPT2Config, GPT2_CONFIGS
-    config = GPT2Config(n_layer=6)
-    for name, value in GPT2_CONFIGS["gpt2-medium"].items():
-        setattr(config, name, value)
-"""
+"""Every setting of a run, in one typed dataclass, and the presets."""
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from options import Problem, integer, number
+from options import integer, number
 
 
 def dtype_name(dtype) -> str | None:
@@ -86,31 +78,21 @@ class GPT2Config:
     def problems(self):
         """Combinations of individually valid values that do not work together."""
         if self.preset not in (names := ("auto", "none", *GPT2_CONFIGS)):
-            message = f"--preset {self.preset}: must be one of {', '.join(names)}"
-            yield Problem(("preset",), message)
+            yield f"--preset {self.preset}: must be one of {', '.join(names)}"
         if self.dtype == "float64" and str(self.device).startswith("mps"):
-            message = "--dtype float64: Apple GPUs have none; float32, or --device cpu"
-            yield Problem(("dtype", "device"), message)
+            yield "--dtype float64: Apple GPUs have none; float32, or --device cpu"
         if self.dtype == "float16" and self.parallel == "fsdp":
-            message = "--dtype float16: --parallel fsdp has no loss scaling; use bfloat16"
-            yield Problem(("dtype", "parallel"), message)
+            yield "--dtype float16: --parallel fsdp has no loss scaling; use bfloat16"
         if self.n_embd % self.n_head:
-            message = f"--n_embd {self.n_embd}: not divisible by --n_head {self.n_head}"
-            yield Problem(("n_embd", "n_head"), message)
+            yield f"--n_embd {self.n_embd}: not divisible by --n_head {self.n_head}"
         elif self.position == "rope" and self.n_embd // self.n_head % 2:
-            message = (
-                f"--n_embd {self.n_embd}: --position rope needs an even number of channels a head"
-            )
-            yield Problem(("n_embd", "n_head", "position"), message)
+            yield f"--position rope: --n_embd {self.n_embd} / --n_head {self.n_head} is odd"
         schedule = derived(self)
         if schedule.min_lr > self.learning_rate:
-            message = f"--min_lr {self.min_lr}: more than --learning_rate {self.learning_rate}"
-            yield Problem(("min_lr", "learning_rate"), message)
-        if schedule.lr_decay_iters < schedule.warmup_iters:
-            decay, warmup = schedule.lr_decay_iters, schedule.warmup_iters
-            message = f"--lr_decay_iters {decay}: less than --warmup_iters {warmup}"
-            names = ("lr_decay_iters", "warmup_iters", "max_iters")
-            yield Problem(tuple(n for n in names if getattr(self, n) is not None), message)
+            yield f"--min_lr {self.min_lr}: more than --learning_rate {self.learning_rate}"
+        decay, warmup = schedule.lr_decay_iters, schedule.warmup_iters
+        if decay < warmup:
+            yield f"--lr_decay_iters {decay}: less than --warmup_iters {warmup}"
 
 
 # Presets never set derived fields (min_lr, warmup_iters, dtype ...). "gpt2" repeats the default of
@@ -122,8 +104,6 @@ GPT2_CONFIGS = {
         "n_head": 12,
         "n_embd": 768,
         "dropout": 0.0,
-        "bias": True,
-        "position": "learned",
         "gelu": "tanh",
         "batch_size": 12,
         "gradient_accumulation_steps": 40,
@@ -146,7 +126,6 @@ GPT2_CONFIGS = {
         "n_layer": 3,
         "n_head": 4,
         "n_embd": 128,
-        "dropout": 0.0,
         "gelu": "exact",
         "batch_size": 48,
         "gradient_accumulation_steps": 1,
@@ -158,7 +137,6 @@ GPT2_CONFIGS = {
         "eval_interval": 250,
         "eval_iters": 37,
         "checkpoint_interval": 1000,
-        "log_interval": 10,
     },
     "shakespeare-gpu": {
         "block_size": 256,
@@ -175,7 +153,6 @@ GPT2_CONFIGS = {
         "beta1": 0.95,
         "eval_interval": 250,
         "checkpoint_interval": 1000,
-        "log_interval": 10,
     },
     "finetune": {
         "dropout": 0.1,
@@ -190,6 +167,8 @@ GPT2_CONFIGS = {
         "log_interval": 1,
     },
 }
+# epochs after which a small text is overfitted (dropout delays it), least steps, least batch_size
+FITTED = {"shakespeare-cpu": (10, 50, 4), "shakespeare-gpu": (40, 50, 4), "finetune": (3, 20, 1)}
 # the architecture: a run only resumes with the same values
 MODEL_FIELDS = ("block_size", "n_layer", "n_head", "n_embd", "bias", "position", "gelu")
 STEP_FIELDS = (  # training settings that may change on resume (the change is logged)
@@ -219,11 +198,8 @@ def differences(old: dict, config: GPT2Config, names=MODEL_FIELDS) -> list[str]:
     Fields missing from an old checkpoint count as their shipped defaults.
     """
     old = asdict(GPT2Config()) | GPT2_CONFIGS["gpt2"] | old
-    return [
-        f"{name}: checkpoint {old.get(name)}, config {getattr(config, name)}"
-        for name in names
-        if old.get(name) != getattr(config, name)
-    ]
+    pairs = ((name, old[name], getattr(config, name)) for name in names)
+    return [f"{name}: checkpoint {was}, config {now}" for name, was, now in pairs if was != now]
 
 
 # ---------------------------------------------------------------- presets
@@ -240,44 +216,38 @@ def apply_preset(config: GPT2Config, values: dict, keep: set[str]) -> GPT2Config
     return replace(config, **{name: v for name, v in values.items() if name not in keep})
 
 
-def auto_preset(device_type, train_tokens, val_tokens, vocab_size, processes=1) -> tuple[str, dict]:
-    """The preset for a device and text: its name, and its values fitted to both and to processes. A
-    small text starts to overfit after about ten epochs (about forty with dropout).
+def auto_preset(
+    device_type, train_tokens, val_tokens, vocab_size, processes=1, block_size=None
+) -> tuple[str, dict]:
+    """The preset for a device and text: its name, and its values fitted to both and to processes.
+    block_size: that of a trained model, which is to be fine-tuned.
     """
-    if device_type == "cuda" and train_tokens >= 20_000_000:
+    on_gpu = device_type == "cuda"
+    if block_size is None and on_gpu and train_tokens >= 20_000_000:
         return "gpt2", _shared(GPT2_CONFIGS["gpt2"], processes)
-    name, epochs = ("shakespeare-gpu", 40) if device_type == "cuda" else ("shakespeare-cpu", 10)
-    values = dict(GPT2_CONFIGS[name])
-    block_size = max(1, min(values["block_size"], train_tokens - 1, val_tokens - 1))
+    name = "finetune" if block_size else "shakespeare-gpu" if on_gpu else "shakespeare-cpu"
+    values, (epochs, least_steps, least_batch) = GPT2_CONFIGS[name], FITTED[name]
+    block_size = max(1, min(block_size or values["block_size"], train_tokens - 1, val_tokens - 1))
     batch_size = values["batch_size"]
-    if device_type != "cuda":
-        batch_size = max(4, min(batch_size, 2**25 // (block_size * vocab_size)))
-    steps = max(50, epochs * train_tokens // (batch_size * block_size))
+    sequences = batch_size * values["gradient_accumulation_steps"]  # in a step
+    if not on_gpu:  # the logits of a micro-batch have at most 2**25 numbers
+        batch_size = max(least_batch, min(batch_size, 2**25 // (block_size * vocab_size)))
+    if name == "shakespeare-cpu":
+        sequences = batch_size
+    steps = max(least_steps, epochs * train_tokens // (sequences * block_size))
     max_iters = min(values["max_iters"], steps)
-    values |= {"block_size": block_size, "batch_size": batch_size, "max_iters": max_iters}
-    values = _shared(values | {"eval_interval": math.ceil(max_iters / 8)}, processes)
-    if "eval_iters" in values:  # the same number of windows for any batch size
-        windows = values["eval_iters"] * GPT2_CONFIGS[name]["batch_size"]
-        values["eval_iters"] = math.ceil(windows / values["batch_size"])
-    return name, values
-
-
-def finetune_preset(
-    device_type, train_tokens, val_tokens, vocab_size, block_size, processes=1
-) -> dict:
-    """The values of "finetune" for a text and a trained model's block_size: about three epochs (20
-    to 500 steps), with the same number of sequences per step on any device.
-    """
-    values = dict(GPT2_CONFIGS["finetune"])
-    block_size = max(1, min(block_size, train_tokens - 1, val_tokens - 1))
-    batch_size = values["batch_size"]
-    sequences = batch_size * values["gradient_accumulation_steps"]
-    if device_type != "cuda":
-        batch_size = max(1, min(batch_size, 2**25 // (block_size * vocab_size)))
-    max_iters = min(values["max_iters"], max(20, 3 * train_tokens // (sequences * block_size)))
-    values |= {"block_size": block_size, "batch_size": batch_size, "max_iters": max_iters}
-    values["gradient_accumulation_steps"] = sequences // batch_size
-    return _shared(values | {"eval_interval": math.ceil(max_iters / 8)}, processes)
+    fitted = {
+        "block_size": block_size,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": sequences // batch_size,
+        "max_iters": max_iters,
+        "eval_interval": math.ceil(max_iters / 8),
+    }
+    fitted = _shared(values | fitted, processes)
+    if name == "shakespeare-cpu":  # the same number of windows for any batch size
+        windows = values["eval_iters"] * values["batch_size"]
+        fitted["eval_iters"] = math.ceil(windows / fitted["batch_size"])
+    return name, fitted
 
 
 def _shared(values, processes):

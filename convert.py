@@ -1,17 +1,11 @@
 """Convert models: from and to Hugging Face, to llama.cpp's GGUF, from nanoGPT.
 
-    python convert.py from_hf gpt2 gpt2.pt        # or a folder, or any org/name
-    python convert.py to_hf checkpoints/best_checkpoint.pt my-model
-    python convert.py to_gguf checkpoints/best_checkpoint.pt model.gguf
-    python convert.py from_nanogpt out/ckpt.pt adopted.pt
-
-From Python no conversion is needed:
-
-    from convert import load_model
-    model, tokenizer = load_model("gpt2")
+python convert.py from_hf gpt2 gpt2.pt        # or a folder, or any org/name
+python convert.py to_hf checkpoints/best_checkpoint.pt my-model
+python convert.py to_gguf checkpoints/best_checkpoint.pt model.gguf
+python convert.py from_nanogpt out/ckpt.pt adopted.pt
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -25,16 +19,13 @@ import checkpoint
 import files
 import huggingface
 from checkpoint import load_model as load_model  # README's name for it
-from config import MODEL_FIELDS, STEP_FIELDS, GPT2Config, to_dict
+from config import GPT2Config
 from huggingface import BUFFERS, EMBEDDING, GPT2_SIZE, HEAD
-from logger import log_row, perplexity, run, warn
-from options import Problem, parse_args
+from logger import log_row, run, warn
+from options import parse_args
 from tokenizer import GPT2Tokenizer, load_tokenizer
 
 NANOGPT_PADDED = 50304  # nanoGPT pads GPT-2's vocabulary with 47 tokens that no text has
-
-
-GGUF_TYPES = {"f32": "ALL_F32"} | {t: f"MOSTLY_{t.upper()}" for t in ("f16", "bf16", "q8_0")}
 FLAG_OF = {"push": "to_hf", "type": "to_gguf", "tokenizer": "from_nanogpt", "gelu": "from_nanogpt"}
 
 
@@ -47,7 +38,7 @@ class Options:
     # to_hf
     push: str | None = None  # org/name on the hub, where the folder goes too
     # to_gguf
-    type: Literal[*GGUF_TYPES] = "f32"  # of the matrices; all else is f32
+    type: Literal["f32", "f16", "bf16", "q8_0"] = "f32"  # of the matrices; all else is f32
     # from_nanogpt
     tokenizer: str | None = None  # the data set's tokenizer.json; unset: GPT-2's, if its size fits
     gelu: Literal["exact", "tanh"] = "exact"  # tanh: trained before May 2023
@@ -55,9 +46,9 @@ class Options:
     def problems(self):
         for name, command in FLAG_OF.items():
             if self.command != command and getattr(self, name) != getattr(Options, name):
-                yield Problem((name, "command"), f"--{name}: for {command} only")
+                yield f"--{name}: for {command} only"
         if self.push and not re.fullmatch(huggingface.REPOSITORY, self.push):
-            yield Problem(("push",), f"--push {self.push}: must be a name on the hub, org/name")
+            yield f"--push {self.push}: must be a name on the hub, org/name"
 
 
 def main(argv=None) -> int:
@@ -75,13 +66,10 @@ def main(argv=None) -> int:
         tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
         state, name = read_nanogpt(source, tokenizer, options.gelu), source
         log_row("left out", "the optimizer's state: training goes on with a new one")
-    elif Path(source).is_file():
-        raise ValueError(f"{source} is a file; from_hf takes a folder or a name on the hub")
     else:
         state, name = checkpoint.load_state(source)
     model, tokenizer = checkpoint.build(state, name)
     log_row("model", f"{name}\n{checkpoint.describe_model(model, tokenizer)}")
-    checkpoint.check_loss(model.float(), tokenizer)
     checkpoint.save(target, state)
     log_row("wrote", str(target), "green")
     if tokenizer is not None:
@@ -89,39 +77,18 @@ def main(argv=None) -> int:
     return 0
 
 
-# ---------------------------------------------------------------- Hugging Face
-
-
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt2]
 ---
 # {name}
 
-A GPT-2: {facts}, context {block_size:,} tokens.
-
-## Training
-
-{training}
-
-## Use
+A GPT-2: {facts}. {training}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-model = AutoModelForCausalLM.from_pretrained("{repo}")
-ids = model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=100, do_sample=True)
-print(tokenizer.decode(ids[0]))
-```
-
-It writes what its training text makes likely, true or not; nothing else was tested.
-
-## Config
-
-```json
-{config}
+print(pipeline("text-generation", "{repo}")("Once")[0]["generated_text"])
 ```
 """
 
@@ -129,18 +96,16 @@ It writes what its training text makes likely, true or not; nothing else was tes
 def to_hf(spec, folder, push: str | None = None):
     """Write a model and its tokenizer as a folder for transformers and whatever reads its format;
     push: the repository on the hub, org/name, to upload it to.
-
-    Raises ValueError for a folder that is not empty and for what GPT-2 there cannot be.
     """
     folder = Path(folder)
-    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    if not is_free or folder.resolve() == Path.cwd():
+    if folder.exists() and (folder.samefile(".") or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty, or the current folder; choose another name")
-    if push:
-        huggingface.check_token(push)
+    if push and not files.optional("huggingface_hub").get_token():
+        raise ValueError(f"--push {push}: no token; `hf auth login` keeps one, or set HF_TOKEN")
     state, name = checkpoint.load_state(spec)
     model, tokenizer = checkpoint.build(state, name)
-    card = model_card(state, name, push or folder.resolve().name, model, tokenizer)
+    facts = checkpoint.describe_model(model, tokenizer)
+    card = model_card(state, name, push or folder.resolve().name, facts)
     names = huggingface.write_hf(folder, model.config, model.state_dict(), tokenizer, card)
     log_row("wrote", f"{folder}: {', '.join(names)}", "green")
     if push:
@@ -149,41 +114,30 @@ def to_hf(spec, folder, push: str | None = None):
         checkpoint.log_next_generate(folder)
 
 
-def model_card(state, source, repo, model, tokenizer) -> str:
+def model_card(state, source, repo, facts) -> str:
     """A folder's README.md: what the model is, what it was trained on, its loss, how to use it."""
-    config, names = to_dict(model.config), ["vocab_size", *MODEL_FIELDS]
-    training = f"Converted from {source}, which says nothing about its training."
+    training = f"Converted from {source}."
     if state["step"] > 0:
-        names += STEP_FIELDS
-        training = f"{state['step']:,} steps on the data set `{Path(config['data_dir']).name}`."
+        folder = Path(state["config"]["data_dir"]).name
+        training = f"Trained for {state['step']:,} steps on `{folder}`."
     if (loss := state["best_val_loss"]) is not None:
-        training += f" Best validation loss {loss:.4f} nats, perplexity {perplexity(loss):.2f}."
-    return CARD.format(
-        name=repo.rsplit("/")[-1],
-        facts=checkpoint.describe_model(model, tokenizer),
-        block_size=model.config.block_size,
-        training=training,
-        repo=repo,
-        config=json.dumps({name: config[name] for name in names}, indent=2),
-    )
-
-
-# ---------------------------------------------------------------- GGUF
+        training += f" Best validation loss: {loss:.4f} nats."
+    return CARD.format(name=repo.rpartition("/")[2], repo=repo, facts=facts, training=training)
 
 
 def to_gguf(spec, path, kind: str = "f32"):
-    """Write a model and its tokenizer as one file for llama.cpp; kind: a key of GGUF_TYPES.
-
-    The file is read back and compared before it gets its name. Raises ValueError for what
-    llama.cpp's GPT-2 cannot be, files.WriteError.
+    """Write a model and its tokenizer as one file for llama.cpp, which is read back and compared
+    before it gets its name; kind: the type of its matrices.
     """
-    gguf = huggingface.optional("gguf")
+    gguf = files.optional("gguf")
     model, tokenizer = checkpoint.build(*checkpoint.load_state(spec))
-    check_gguf(model.config, tokenizer, kind)
-    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
+    writer = gguf.GGUFWriter(None, "gpt2")
     writer.add_name(Path(path).stem)
-    writer.add_file_type(gguf.LlamaFileType[GGUF_TYPES[kind]])
+    file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    writer.add_file_type(gguf.LlamaFileType[file_type])
     add_fields(writer, model.config, tokenizer, gguf.TokenType)
+    if kind == "q8_0" and (size := model.config.n_embd) % 32:
+        raise ValueError(f"n_embd {size}: q8_0 needs a multiple of 32; take --type f16")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
     tensors = {}  # their layout is (out, in), as ours is
     for key, tensor in huggingface.tensors_to_hf(model.state_dict(), transposed=()).items():
@@ -200,27 +154,22 @@ def to_gguf(spec, path, kind: str = "f32"):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        if not is_written(gguf.GGUFReader(file.name), writer, tensors):
+        found = gguf.GGUFReader(file.name)
+        same = [np.array_equal(tensor.data, tensors[tensor.name]) for tensor in found.tensors]
+        for key, field in writer.kv_data[0].items():
+            same.append(found.fields[key].contents() == field.value)
+        if not all(same) or len(found.tensors) < len(tensors):
             raise OSError("what was read back is not what was written")
     log_row("wrote", f"{path}: {kind}, {len(tensors)} tensors, read back and compared", "green")
 
 
-def check_gguf(config: GPT2Config, tokenizer, kind):
-    """ValueError, with the remedy, for a model that llama.cpp's GPT-2 cannot be."""
+def add_fields(writer, config: GPT2Config, tokenizer, types):
+    """Everything but the tensors; ValueError for a model that llama.cpp's GPT-2 cannot be."""
     huggingface.check_is_gpt2(config)
+    if tokenizer is None or tokenizer.eot_id is None:
+        raise ValueError("llama.cpp needs a bpe or gpt2 tokenizer with an end of text; use to_hf")
     if config.gelu == "exact":
         warn("gelu: exact here, tanh in llama.cpp; an activation differs by 0.0005 at most")
-    if tokenizer is None or tokenizer.kind == "char":
-        kind = "a char" if tokenizer else "no"
-        raise ValueError(f"{kind} tokenizer: llama.cpp needs bpe or gpt2; use to_hf")
-    if tokenizer.eot_id is None:
-        raise ValueError("no end of text: llama.cpp would take token 11 for it; use to_hf")
-    if kind == "q8_0" and config.n_embd % 32:
-        raise ValueError(f"n_embd {config.n_embd}: q8_0 needs a multiple of 32; take --type f16")
-
-
-def add_fields(writer, config: GPT2Config, tokenizer, types):
-    """Everything but the tensors: sizes, and the vocabulary in the order of its ids."""
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.block_size)
     writer.add_embedding_length(config.n_embd)
@@ -240,30 +189,14 @@ def add_fields(writer, config: GPT2Config, tokenizer, types):
     writer.add_add_bos_token(False)
 
 
-def is_written(found, writer, tensors) -> bool:
-    """Whether a GGUF that was read has the writer's fields and these tensors, bit for bit."""
-    there = {tensor.name: tensor.data for tensor in found.tensors}
-    return there.keys() == tensors.keys() and all(
-        [np.array_equal(there[name], tensors[name]) for name in tensors]
-        + [found.fields[key].contents() == f.value for key, f in writer.kv_data[0].items()]
-    )
-
-
-# ---------------------------------------------------------------- nanoGPT
-
-
-class NanoGPT(BaseModel):
-    """What is read of a ckpt.pt."""
-
+class NanoGPT(BaseModel):  # what is read of a ckpt.pt
     model: dict[str, Any]
     model_args: dict[str, Any]
 
 
 def read_nanogpt(path, tokenizer=None, gelu="exact") -> dict:
-    """nanoGPT's ckpt.pt as a checkpoint's dict: its weights, without its optimizer.
-
-    tokenizer: None takes GPT-2's if the vocabulary has its size, padded or not; nanoGPT does not
-    save which one it was. gelu: nanoGPT used the tanh form until May 2023.
+    """nanoGPT's ckpt.pt as a checkpoint's dict: its weights, without its optimizer. tokenizer: None
+    takes GPT-2's if the vocabulary has its size, padded or not.
     """
     found = checkpoint.load(path, NanoGPT.model_validate)
     sizes = {name: found["model_args"].get(name) for name in huggingface.SIZES}
@@ -278,12 +211,9 @@ def read_nanogpt(path, tokenizer=None, gelu="exact") -> dict:
         log_row("tokenizer", "not known: --tokenizer FILE names the tokenizer.json of the data set")
     elif (tokenizer.vocab_size, config.vocab_size) == (GPT2_SIZE, NANOGPT_PADDED):
         log_row("trimmed", f"the vocabulary from {NANOGPT_PADDED:,} to {GPT2_SIZE:,} tokens")
-        config.vocab_size = GPT2_SIZE
-        tensors[HEAD] = tensors[EMBEDDING] = tensors[EMBEDDING][:GPT2_SIZE].clone()
-        return checkpoint.new_state(config, tensors, tokenizer, str(path))
-    elif tokenizer.vocab_size != config.vocab_size:
-        sizes = f"{tokenizer.vocab_size:,} tokens, {path} {config.vocab_size:,}"
-        raise ValueError(f"--tokenizer: the tokenizer has {sizes}; give that of its training data")
+        state["config"]["vocab_size"] = GPT2_SIZE
+        state["model"][EMBEDDING] = state["model"][EMBEDDING][:GPT2_SIZE].clone()
+        state["model"][HEAD] = state["model"][EMBEDDING]
     return state
 
 

@@ -25,19 +25,16 @@ from tokenizer import load_tokenizer
 
 META_FORMAT = 1  # of meta.json; raised when an older reader would misread a newer data set
 TOKEN_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-REMEDY = "prepare the data set again with --overwrite"
+AGAIN = "prepare the data set again with --overwrite"
+Count = Annotated[int, Field(ge=0, lt=2**60)]
 
 # ---------------------------------------------------------------- reading
 
 
 def inner_path(name: str) -> str:
-    """name; ValueError if it leads out of a folder."""
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ValueError("leads out of the folder")
     return name
-
-
-Count = Annotated[int, Field(ge=0, lt=2**60)]
 
 
 class Source(TypedDict):
@@ -54,9 +51,6 @@ class Split(TypedDict):
     sha256: str
 
 
-Splits = Annotated[dict[Literal["train", "val"], Split], Field(min_length=2)]
-
-
 class Meta(TypedDict):
     """What meta.json holds."""
 
@@ -64,7 +58,7 @@ class Meta(TypedDict):
     dtype: Literal["uint16", "uint32"]
     vocab_size: Annotated[int, Field(ge=1, le=2**24)]
     tokenizer: Annotated[dict[Literal["kind", "sha256"], str], Field(min_length=2)]
-    splits: Splits
+    splits: Annotated[dict[Literal["train", "val"], Split], Field(min_length=2)]
     sources: list[Source]
     settings: dict[str, Any]
 
@@ -77,13 +71,13 @@ def read_meta(data_dir) -> Meta | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise ValueError(f"{error}; {REMEDY}") from None
+        raise ValueError(f"{error}; {AGAIN}") from None
 
 
 class TokenDataset:
     """A prepared data set: `meta`, and `train` and `val` as memory-mapped ids (N,).
 
-    Raises FileNotFoundError if there is none, ValueError if a file does not match meta.json.
+    FileNotFoundError if there is none, ValueError if a file does not match meta.json.
     """
 
     def __init__(self, data_dir):
@@ -102,9 +96,8 @@ class TokenDataset:
         self.tokenizer_path = self.data_dir / "tokenizer.json"
         digest = hashlib.sha256(read_bytes(self.tokenizer_path)).hexdigest()
         if digest != self.meta["tokenizer"]["sha256"]:
-            raise ValueError(f"{self.tokenizer_path} is not the one that meta.json names; {REMEDY}")
-        self.train = self._open("train")
-        self.val = self._open("val")
+            raise ValueError(f"{self.tokenizer_path} is not the one that meta.json names; {AGAIN}")
+        self.train, self.val = self._open("train"), self._open("val")
 
     @functools.cached_property
     def tokenizer(self):
@@ -112,7 +105,7 @@ class TokenDataset:
         found = load_tokenizer(self.tokenizer_path)
         if found.vocab_size != self.vocab_size:
             sizes = f"{found.vocab_size:,} tokens, meta.json says {self.vocab_size:,}"
-            raise ValueError(f"{self.tokenizer_path}: {sizes}; {REMEDY}")
+            raise ValueError(f"{self.tokenizer_path}: {sizes}; {AGAIN}")
         return found
 
     @property
@@ -128,7 +121,7 @@ class TokenDataset:
         with open_file(path) as file:
             expected, found = tokens * dtype.itemsize, file.seek(0, 2)
         if expected != found:
-            raise ValueError(f"{path}: {found:,} bytes, meta.json says {expected:,}; {REMEDY}")
+            raise ValueError(f"{path}: {found:,} bytes, meta.json says {expected:,}; {AGAIN}")
         return np.memmap(path, dtype, mode="r") if tokens else np.empty(0, dtype)
 
     def require(self, block_size: int, splits=("train", "val")):
@@ -142,16 +135,10 @@ class TokenDataset:
 # ---------------------------------------------------------------- batches
 
 
-class TokenError(ValueError):
-    """An id outside the vocabulary; ranks read different data, so each prints its own error."""
-
-    rank_local = True
-
-
 def windows_at(tokens, starts, block_size, vocab_size=None):
     """Inputs and targets, int64 (len(starts), block_size) each, of the windows at `starts`.
 
-    Raises TokenError naming value and position of an id >= vocab_size.
+    Raises ValueError naming value and position of an id >= vocab_size.
     """
     import torch  # takes half a second, which prepare_data.py does not need
 
@@ -159,16 +146,17 @@ def windows_at(tokens, starts, block_size, vocab_size=None):
     if vocab_size is not None and window.max() >= vocab_size:
         row, column = np.argwhere(window >= vocab_size)[0]
         where = f"token id {window[row, column]} at position {starts[row] + column} of the data"
-        raise TokenError(f"{where} is not below vocab_size {vocab_size}; {REMEDY}")
+        error = ValueError(f"{where} is not below vocab_size {vocab_size}; {AGAIN}")
+        error.rank_local = True  # ranks read different data: each prints its own
+        raise error
     window = torch.from_numpy(window)  # (B, T + 1)
     return window[:, :-1], window[:, 1:]  # (B, T), (B, T)
 
 
 class Permutation:
-    """Shuffles windows without storing the shuffle: a seeded permutation of range(n) in O(sqrt(n))
-    memory. Numbers are laid out in rows and columns; each round rotates every column by a random
-    amount, then every row: an unbalanced Feistel network (Luby and Rackoff 1988). The last row may
-    reach beyond n: what lands there is permuted again (cycle walking, Black and Rogaway 2002).
+    """A seeded permutation of range(n) in O(sqrt(n)) memory. Numbers stand in rows and columns;
+    each round rotates every column by a random amount, then every row: an unbalanced Feistel
+    network (Luby and Rackoff 1988). What lands beyond n is permuted again (Black, Rogaway 2002).
     """
 
     def __init__(self, n: int, generator: np.random.Generator, rounds: int = 4):
@@ -196,9 +184,9 @@ class Permutation:
 class BatchSampler:
     """Training batches as a pure function of (seed, step, micro-step): resuming needs no state.
 
-    An epoch cuts the split, from a seeded offset, into windows of block_size targets that do not
-    overlap, and visits each exactly once in a seeded order. The global batch is drawn first and
-    sliced by rank: the data do not depend on the number of processes.
+    An epoch cuts the split, from a seeded offset, into windows of block_size targets, and visits
+    each exactly once in a seeded order. The global batch is drawn first and sliced by rank: the
+    data do not depend on the number of processes.
     """
 
     tokens: np.ndarray
@@ -212,9 +200,6 @@ class BatchSampler:
 
     def __post_init__(self):
         count, block_size = len(self.tokens), self.block_size
-        if count < block_size + 1:
-            raise ValueError(f"{count} tokens, needs {block_size + 1} (--block_size)")
-        assert self.gradient_accumulation_steps % self.world_size == 0
         # the same for every epoch, whatever its offset
         self.windows_per_epoch = max(1, (count - block_size) // block_size)
         slack = count - 1 - self.windows_per_epoch * block_size

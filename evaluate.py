@@ -20,16 +20,16 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from checkpoint import ModelOptions, load_model, log_next_generate
 from data import TokenDataset
 from files import check_json, download, read_text, unix_lines
-from logger import log_row, perplexity, print_rows, progress, rank, run, warn, world_size
-from options import Problem, integer, parse_args
+from logger import log_row, perplexity, progress, rank, run, stdout, warn, world_size
+from options import integer, parse_args
 from parallel import all_gather, broadcast_from_rank0, process_group
-from utils import autocast, is_out_of_memory, pick_device, pick_dtype, set_up_device, to_device
+from utils import autocast, out_of_memory, pick_device, pick_dtype, set_up_device
 
 MOST_TEXT = 2 << 30  # bytes of a --file
 
@@ -43,41 +43,36 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def score(model, rows, batch_size: int, total: int | None = None) -> list[Score]:
-    """A score for each row, in their order, on every rank. The model is in eval mode.
+def score(model, rows, batch_size: int, total: int) -> list[Score]:
+    """The scores of `total` rows, in their order, on every rank. The model is in eval mode.
 
     rows yields (ids, first): the tokens ids[first:] are scored, each given all that precede it in
-    ids; first is at least 1. Ranks take batches in turn; the batches, and so the scores, are the
-    same for any number of ranks. total: the number of rows, for the progress line.
+    ids; first is at least 1. Ranks take batches in turn, the same ones for any number of ranks.
     """
-    rows, found, counts = iter(rows), [], []
+    rows, found = iter(rows), []
     batches = iter(lambda: list(islice(rows, batch_size)), [])
     with progress("scoring", total, "rows") as advance:
         for number, batch in enumerate(batches):
-            counts += [len(ids) - first for ids, first in batch]
             if number % world_size() == rank():
                 found.append((number, score_batch(model, batch)))
             advance(len(batch))
-    found = sorted(all_gather([(number, scores.tolist()) for number, scores in found]))
-    scores = [score for _, scores in found for score in scores]
-    return [Score(nats, greedy == 1, n) for (nats, greedy), n in zip(scores, counts, strict=True)]
+    return [score for _, scores in sorted(all_gather(found)) for score in scores]
 
 
-def score_batch(model, rows) -> torch.Tensor:
-    """Nats of each row, and 1 if it is greedy: (B, 2), on the model's device, not waited for."""
-    padded = np.zeros((len(rows), max(len(ids) for ids, _ in rows)), np.int64)
-    for row, (ids, _) in enumerate(rows):
-        padded[row, : len(ids)] = ids  # padded on the right, where no scored token attends
-    idx = to_device(torch.from_numpy(padded), next(model.parameters()).device)  # (B, T + 1)
+def score_batch(model, rows) -> list[Score]:
+    device = next(model.parameters()).device
+    tokens = [torch.from_numpy(np.asarray(ids, np.int64)) for ids, _ in rows]
+    # padded on the right, where no scored token attends
+    idx = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)  # (B, T + 1)
     hidden = model.hidden(idx[:, :-1])  # (B, T, C)
     scores = []
     for row, (ids, first) in enumerate(rows):  # one by one: the logits of all would be large
         targets = idx[row, first : len(ids)]  # (scored,)
         logits = model.lm_head(hidden[row, first - 1 : len(ids) - 1])  # (scored, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nats = F.cross_entropy(logits, targets, reduction="sum")
-        scores.append(torch.stack([nats, (logits.argmax(-1) == targets).all().to(nats)]))
-    return torch.stack(scores)
+        nats = F.cross_entropy(logits, targets, reduction="sum").item()
+        scores.append(Score(nats, torch.equal(logits.argmax(-1), targets), len(targets)))
+    return scores
 
 
 def score_windows(model, ids, context: int, stride: int, batch_size: int) -> tuple[float, int]:
@@ -90,28 +85,17 @@ def score_windows(model, ids, context: int, stride: int, batch_size: int) -> tup
     return math.fsum(row.nats for row in scores), sum(row.tokens for row in scores)
 
 
-def window_length(flag: str, wanted: int | None, config) -> int:
-    """How many tokens the model sees at once: block_size, or what the flag says."""
-    if wanted is not None and wanted > config.block_size and config.position == "learned":
-        raise ValueError(f"--{flag} {wanted}: the model has learned {config.block_size} positions")
-    return wanted or config.block_size
-
-
 # ---------------------------------------------------------------- a data set, a text
 
 
 def evaluate_split(model, tokenizer, options) -> dict:
-    """Loss, perplexity and bits per byte of one split of a data set, over all whole windows.
-
-    Bits per byte compare across tokenizers; None if the length of the text is unknown.
-    """
-    block_size = window_length("block_size", options.block_size, model.config)
-    dataset = find_dataset(options.data_dir, options.checkpoint, model, tokenizer)
+    """Loss, perplexity and bits per byte of one split of a data set, over all whole windows."""
+    block_size = options.block_size or model.config.block_size
+    dataset = find_dataset(options.data_dir, model, tokenizer)
     split = options.split or "val"
     dataset.require(block_size, [split])
-    tokens, text_bytes = getattr(dataset, split), dataset.meta["splits"][split].get("bytes")
-    at = tokens.argmax()
-    if tokens[at] >= dataset.vocab_size:
+    tokens, text_bytes = getattr(dataset, split), dataset.meta["splits"][split]["bytes"]
+    if tokens[at := tokens.argmax()] >= dataset.vocab_size:
         where = f"{split} of {dataset.data_dir}: token id {tokens[at]} at position {at}"
         raise ValueError(f"{where} is not below {dataset.vocab_size}")
     windows = (len(tokens) - 1) // block_size
@@ -130,29 +114,21 @@ def evaluate_split(model, tokenizer, options) -> dict:
     }
 
 
-def find_dataset(data_dir, spec, model, tokenizer) -> TokenDataset:
-    """The data set to evaluate on; ValueError if its tokenizer is not the model's.
-
-    A checkpoint may come from anywhere: a folder that it names is opened only below this one.
-    """
-    if data_dir is None:
-        if spec is not None and not Path(spec).is_file():
-            raise ValueError(f"{spec} comes without a data set: name one with --data_dir DIR")
+def find_dataset(data_dir, model, tokenizer) -> TokenDataset:
+    """The data set to evaluate on; ValueError if its tokenizer is not the model's."""
+    if data_dir is None:  # a checkpoint may come from anywhere, and name any folder
         data_dir = model.config.data_dir
         if not Path(data_dir).resolve().is_relative_to(Path.cwd()):
             raise ValueError(f"trained on {data_dir}, outside this folder; allow it by --data_dir")
     dataset = TokenDataset(data_dir)
-    theirs = dataset.meta["tokenizer"]
-    if theirs["sha256"] != tokenizer.hash():
-        theirs = f"{theirs['kind']}, {dataset.vocab_size:,} tokens"
-        ours = f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
-        raise ValueError(f"{data_dir}: its tokenizer ({theirs}) is not the model's ({ours})")
+    if dataset.meta["tokenizer"]["sha256"] != tokenizer.hash():
+        raise ValueError(f"{data_dir}: its tokenizer is not the model's; name another --data_dir")
     return dataset
 
 
 def evaluate_text(model, tokenizer, options) -> dict:
     """Loss and perplexities of a text under a window that slides by `stride` tokens."""
-    context = window_length("context", options.context, model.config)
+    context = options.context or model.config.block_size
     stride = options.stride or max(1, context // 2)
     if stride > context:
         raise ValueError(f"--stride {stride}: must be at most the context of {context} tokens")
@@ -179,36 +155,22 @@ def evaluate_text(model, tokenizer, options) -> dict:
 
 class HellaSwag(TypedDict):
     ctx: Annotated[str, Field(min_length=1)]
-    endings: list[str]
-    label: int  # of the right ending
+    endings: Annotated[list[str], Field(min_length=4, max_length=4)]
+    label: Literal[0, 1, 2, 3]  # of the right ending
 
 
 class Lambada(TypedDict):
-    text: str
-
-
-def hellaswag_example(line: HellaSwag):
-    """(context, completions, which of them is right)"""
-    if not 0 <= line["label"] < len(line["endings"]):
-        raise ValueError(f"label {line['label']}: not one of {len(line['endings'])} endings")
-    return line["ctx"], [f" {ending}" for ending in line["endings"]], line["label"]
-
-
-def lambada_example(line: Lambada):
-    """The last word is the one completion."""
-    if len(words := line["text"].rsplit(maxsplit=1)) < 2:
-        raise ValueError("text: fewer than two words")
-    return words[0], [f" {words[1]}"], 0
+    text: Annotated[str, Field(pattern=r"\S\s+\S")]  # two words or more
 
 
 EXAMPLES = {  # of each task: type of a line, address, sha256
     "hellaswag": (
-        Annotated[HellaSwag, AfterValidator(hellaswag_example)],
+        HellaSwag,
         "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
         "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
     ),
     "lambada": (
-        Annotated[Lambada, AfterValidator(lambada_example)],
+        Lambada,
         "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
         "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
     ),
@@ -217,35 +179,36 @@ EXAMPLES = {  # of each task: type of a line, address, sha256
 
 def evaluate_hellaswag(model, tokenizer, options) -> dict:
     """How often the right ending is the most likely: in all (acc), per token (acc_norm)."""
-    path, examples = read_examples("hellaswag", options.file)
-    scores = score_completions(model, tokenizer, examples, options.batch_size)
-    labels = [label for _, _, label in examples]
-    chosen = [np.argmin([row.nats for row in rows]) for rows in scores]  # the first of equals
-    chosen_norm = [np.argmin([row.nats / row.tokens for row in rows]) for rows in scores]
+    path, lines = read_examples("hellaswag", options.file)
+    examples = [(line["ctx"], line["endings"]) for line in lines]
+    scores = score_endings(model, tokenizer, examples, options.batch_size)
+    nats = np.array([[row.nats for row in rows] for rows in scores])  # (examples, 4)
+    tokens = np.array([[row.tokens for row in rows] for rows in scores])
+    labels = [line["label"] for line in lines]
     return {
         "file": str(path),
-        "examples": len(examples),
-        "acc": float(np.mean(np.equal(chosen, labels))),
-        "acc_norm": float(np.mean(np.equal(chosen_norm, labels))),
+        "examples": len(lines),
+        "acc": float(np.mean(nats.argmin(1) == labels)),  # the first of equals
+        "acc_norm": float(np.mean((nats / tokens).argmin(1) == labels)),
     }
 
 
 def evaluate_lambada(model, tokenizer, options) -> dict:
     """How often the last word is guessed, and its perplexity."""
-    path, examples = read_examples("lambada", options.file)
-    scores = score_completions(model, tokenizer, examples, options.batch_size)
+    path, lines = read_examples("lambada", options.file)
+    words = [line["text"].rsplit(maxsplit=1) for line in lines]
+    examples = [(context, [word]) for context, word in words]
+    scores = score_endings(model, tokenizer, examples, options.batch_size)
     return {
         "file": str(path),
-        "examples": len(examples),
-        "acc": sum(word.greedy for (word,) in scores) / len(examples),
-        "perplexity": perplexity(math.fsum(word.nats for (word,) in scores) / len(examples)),
+        "examples": len(lines),
+        "acc": sum(word.greedy for (word,) in scores) / len(lines),
+        "perplexity": perplexity(math.fsum(word.nats for (word,) in scores) / len(lines)),
     }
 
 
-def read_examples(task: str, file: str | None) -> tuple[Path, list[tuple]]:
-    """The file and its examples, one a line: JSON in a .jsonl, in others a text. Without a file the
-    published examples, which rank 0 downloads once. ValueError naming file, line and field.
-    """
+def read_examples(task: str, file: str | None) -> tuple[Path, list[dict]]:
+    """A .jsonl and its lines, by default the published ones, which rank 0 downloads once."""
     schema, address, sha256 = EXAMPLES[task]
     path = Path(file or f"data/{task}/{address.rsplit('/', 1)[1]}")
     if not path.exists():
@@ -254,32 +217,25 @@ def read_examples(task: str, file: str | None) -> tuple[Path, list[tuple]]:
         broadcast_from_rank0(lambda: path.exists() or download(address, sha256, path))
     except ValueError as problem:
         raise ValueError(f"{address}: {problem}; name a copy of it with --file") from None
-    lines = read_text(path, MOST_TEXT).split("\n")
-    lines = [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix not in (".json", ".jsonl"):
-        lines = [(name, json.dumps({"text": line})) for name, line in lines]
-    if not lines:
+    lines = enumerate(read_text(path, MOST_TEXT).split("\n"), start=1)
+    examples = [check_json(line, schema, f"{path}, line {n}") for n, line in lines if line.strip()]
+    if not examples:
         raise ValueError(f"{path}: no examples in it; name another with --file")
-    return path, [check_json(line, schema, name) for name, line in lines]
+    return path, examples
 
 
-def score_completions(model, tokenizer, examples, batch_size: int) -> list[list[Score]]:
-    """For each example the scores of its completions.
-
-    Context and completions are encoded separately. A context that is too long loses its beginning.
-    Equal completions are scored once, so that rounding cannot choose between them.
+def score_endings(model, tokenizer, examples, batch_size: int) -> list[list[Score]]:
+    """For each (context, endings) the scores of its endings, encoded apart, each after a space. A
+    context that is too long loses its beginning. Rounding cannot decide between equal endings.
     """
     block_size, asked, cropped = model.config.block_size, [], 0
-    for number, (context, completions, _) in enumerate(examples, start=1):
+    for context, endings in examples:
         prompt = tokenizer.encode(context)
-        endings = [tokenizer.encode(completion) for completion in completions]
-        longest = max(map(len, endings))
-        room = block_size + 1 - longest  # the last token is not put in
-        if room < 1:
-            raise ValueError(f"example {number}: {longest} tokens exceed block_size {block_size}")
+        endings = [tokenizer.encode(f" {ending}") for ending in endings]
+        room = max(1, block_size + 1 - max(map(len, endings)))  # the last token is not put in
         cropped += len(prompt) > room
-        kept = prompt[-room:]
-        asked.append([(tuple(kept + ending), len(kept)) for ending in endings])
+        prompt = prompt[-room:]
+        asked.append([(tuple(prompt + ending), len(prompt)) for ending in endings])
     if cropped:
         warn(f"{cropped:,} of {len(examples):,} contexts cropped to fit block_size {block_size}")
     rows = dict.fromkeys(row for rows in asked for row in rows)
@@ -317,28 +273,29 @@ class Options(ModelOptions):
     json: bool = False  # print one JSON object a line for each task
 
     def problems(self):
-        for task, names in OWN_FLAGS.items():
-            for name in names:
-                if task not in self.task and getattr(self, name) is not None:
-                    yield Problem((name,), f"--{name} is for --task {task} only")
+        for task in sorted(OWN_FLAGS.keys() - set(self.task)):
+            for name in OWN_FLAGS[task]:
+                if getattr(self, name) is not None:
+                    yield f"--{name} is for --task {task} only"
         readers = set(self.task) - {"val"}
         if self.file is None and "perplexity" in readers:
-            yield Problem(("file",), "--task perplexity: name a text with --file")
-        elif self.file is not None and len(readers) != 1:
-            yield Problem(("file",), "--file: name the one task that reads it with --task")
+            yield "--task perplexity: name a text with --file"
+        if self.file is not None and len(readers) != 1:
+            yield "--file: name the one task that reads it with --task"
         elif self.file is not None and not Path(self.file).is_file():
-            yield Problem(("file",), f"--file {self.file}: no such file")
+            yield f"--file {self.file}: no such file"
 
 
 def print_result(result: dict, as_json: bool):
     """A table, or a line of JSON, where null stands for infinity and NaN."""
-    if as_json and rank() == 0:
+    if not as_json:
+        formats = {int: "{:,}", float: "{:.4f}", type(None): "unknown"}
+        for name, value in result.items():
+            text = formats.get(type(value), "{}").format(value)
+            log_row(f"{name:<16}", text, console=stdout)
+    elif rank() == 0:
         odd = [name for name, value in result.items() if str(value) in ("inf", "nan")]
         print(json.dumps(result | dict.fromkeys(odd)), flush=True)
-    elif not as_json:
-        formats = {int: "{:,}", float: "{:.4f}", type(None): "unknown"}
-        texts = {name: formats.get(type(v), "{}").format(v) for name, v in result.items()}
-        print_rows([(f"{name:<16}", text, "dim") for name, text in texts.items()])
 
 
 def main(argv=None) -> int:
@@ -353,14 +310,9 @@ def main(argv=None) -> int:
         if half:
             log_row("precision", f"{dtype} for matrix products (autocast), float32 for the rest")
         for task in dict.fromkeys(options.task):
-            try:
-                with autocast(device, dtype):
-                    result = {"task": task} | TASKS[task](model, tokenizer, options)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                size = f"--batch_size {options.batch_size}"
-                raise ValueError(f"{size}: out of memory on {device}; take less") from error
+            remedy = f"take less than --batch_size {options.batch_size}"
+            with out_of_memory(remedy), autocast(device, dtype):
+                result = {"task": task} | TASKS[task](model, tokenizer, options)
             print_result(result, options.json)
     log_next_generate(options.checkpoint, options.device, options.dtype)
     return 0

@@ -1,9 +1,10 @@
 """Files that are whole or absent: atomic writes, checked JSON, locks, downloads."""
 
 import contextlib
+import errno
 import functools
 import hashlib
-import http.client
+import importlib
 import math
 import os
 import shutil
@@ -11,8 +12,6 @@ import stat
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -37,43 +36,35 @@ class WriteError(OSError):
 @contextlib.contextmanager
 def atomic_write(path, mode: str = "wb", keep=None):
     """A file to write to, next to path, that replaces path when all of it is on disk: fsync,
-    rename, fsync of the folder. Mode "w" is UTF-8 with \\n at line ends.
+    rename, fsync of the folder; what was there gets the name `keep`, if given. Raises WriteError.
 
-    keep: a second path, under which the file that is replaced stays. Raises WriteError.
+    Mode "w" is UTF-8 with \\n at line ends; "folder" yields the path of a new folder to fill,
+    where only an empty one may be before.
     """
-    text = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
-    mode = mode.replace("w", "x")  # "x" follows no link that somebody has put there
-    with _beside(Path(path), keep) as aside:
-        with open(aside, mode, **({} if "b" in mode else text)) as file:
-            yield file
-
-
-@contextlib.contextmanager
-def atomic_folder(path):
-    """A new folder to fill, next to path, that replaces path when all of it is on disk. Only an
-    empty folder may be at path before. Raises WriteError.
-    """
-    with _beside(Path(path)) as aside:
-        aside.mkdir()
-        yield aside
-        if Path(path).exists():
-            Path(path).rmdir()  # it is empty; Windows would not replace it
-
-
-@contextlib.contextmanager
-def _beside(path, keep=None):
-    """A free name next to path; what is there at the end is synced and renamed to path."""
+    path = Path(path)
     aside = path.with_name(f".{path.name}.tmp")
+    text = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove(aside)  # what a killed run left
-            yield aside
-            for file in [*aside.iterdir()] if aside.is_dir() else [aside]:
+            if mode == "folder":
+                aside.mkdir()
+                yield aside
+            else:  # "x" follows no link that somebody has put there
+                with open(aside, mode.replace("w", "x"), **(text if mode == "w" else {})) as file:
+                    yield file
+            for file in [*aside.iterdir()] if mode == "folder" else [aside]:
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
             if keep is not None and path.exists():
-                _give_second_name(path, Path(keep))
+                Path(keep).unlink(missing_ok=True)
+                try:
+                    os.link(path, keep)  # at no moment there is no path
+                except OSError:  # a file system without hard links
+                    os.replace(path, keep)
+            if mode == "folder" and path.exists():
+                path.rmdir()  # it is empty; Windows would not replace it
             os.replace(aside, path)
             fsync_folder(path.parent)
     finally:
@@ -88,22 +79,13 @@ def _remove(path):
         path.unlink(missing_ok=True)
 
 
-def _give_second_name(path, second):
-    """A hard link, so that at no moment there is no path."""
-    second.unlink(missing_ok=True)
-    try:
-        os.link(path, second)
-    except OSError:  # a file system without hard links
-        os.replace(path, second)
-
-
 @contextlib.contextmanager
 def writing(path):
     """Whatever the system refuses in here is a WriteError that names path and the free space."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, (WriteError, BrokenPipeError, filelock.Timeout)):
+        if isinstance(error, (WriteError, BrokenPipeError)):
             raise
         line = f"could not write {path}: {error.strerror or error}"
         with contextlib.suppress(OSError):
@@ -118,11 +100,13 @@ def open_to_append(path):
     return open(os.open(path, flags, 0o666), "ab")
 
 
-def own_folder(path) -> Path:
-    """Make a folder of ours, unless it is there; ValueError for a link, or for anything else."""
+def own_folder(path, link: bool = False) -> Path:
+    """Make a folder, unless it is there; ValueError for anything else, and for a link unless that
+    is allowed.
+    """
     path = Path(path)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{path}: there is something else than a folder; move it away")
+    if (path.exists() and not path.is_dir()) or (path.is_symlink() and not link):
+        raise ValueError(f"{path} is not a folder of its own; move it away, or name another")
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
@@ -156,8 +140,8 @@ def clean(folder, pattern: str = ".*.tmp"):
 
 
 def open_file(path, most: float = math.inf):
-    """Open a file that may come from somebody else, to read bytes. ValueError for a FIFO or device
-    (which could be endless), for a link to one, and for more than `most` bytes.
+    """A file that may come from somebody else, opened to read bytes. ValueError for a FIFO or
+    device, which could be endless, for a link to one, and for more than `most` bytes.
     """
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
@@ -168,7 +152,7 @@ def open_file(path, most: float = math.inf):
 
 
 def read_bytes(path, most: int = MOST_JSON) -> bytes:
-    """What open_file opens, as large as it is now."""
+    """What open_file opens, as large as it is now: a file in /proc is empty, or has no end."""
     with open_file(path, most) as file:
         return file.read(os.fstat(file.fileno()).st_size)
 
@@ -192,9 +176,7 @@ def read_json(path, schema=dict):
 
 
 def check_json(content, schema, name=""):
-    """JSON text, or what it has been read into, as a value of the type `schema`; ValueError with
-    one line: name, field and reason.
-    """
+    """JSON, as text or read, as a value of a type; ValueError with one line: name, field, why."""
     adapter = _adapter(schema)
     is_text = isinstance(content, (str, bytes))
     try:
@@ -214,31 +196,24 @@ _adapter = functools.cache(TypeAdapter)  # slow to make
 @contextlib.contextmanager
 def lock(folder):
     """Hold folder for this process, and remove what killed writes left in it; ValueError naming the
-    holder while another process has it.
-
-    The operating system frees the lock when its holder dies, however it dies.
+    holder while another process has it. A holder that dies, however it dies, holds it no longer.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; name one")
+    folder = own_folder(folder, link=True)
     note = folder / ".lock_holder"
-    try:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            held = filelock.FileLock(folder / ".lock")  # follows no link
+    held = filelock.FileLock(folder / ".lock")  # follows no link
+    with writing(folder):
+        try:
             held.acquire(timeout=0)
-            clean(folder)
-    except filelock.Timeout:
-        holder = "another process"
-        with contextlib.suppress(OSError, ValueError):  # it may have taken the lock just now
-            holder = read_text(note)
-        raise ValueError(
-            f"{folder} is in use by {holder}; wait for it to end, or choose another folder"
-        ) from None
+        except filelock.Timeout:
+            holder = "another process"
+            with contextlib.suppress(OSError, ValueError):  # it may have taken the lock just now
+                holder = read_text(note)
+            line = f"{folder} is in use by {holder}; wait for it to end, or choose another folder"
+            raise ValueError(line) from None
+        clean(folder)
     try:
-        words = (word if len(word) <= 60 else f"{word[:57]}..." for word in sys.argv)
         with atomic_write(note, "w") as file:
-            file.write(f"process {os.getpid()} ({' '.join(words)})")
+            file.write(f"process {os.getpid()} ({' '.join(sys.argv)[:200]})")
         yield
     finally:
         note.unlink(missing_ok=True)
@@ -263,33 +238,57 @@ def in_thread(function, *arguments) -> Future:
 
 
 def download(address: str, sha256: str, path):
-    """Put what is at address at path, whole or not at all; for files that fit in memory.
-
-    Raises ValueError with the reason after TRIES attempts, WriteError.
+    """Put what is at address at path, whole or not at all; for files that fit in memory. Raises
+    ValueError with the reason after TRIES attempts, WriteError.
     """
+    import requests  # takes a tenth of a second
+
     for attempt in range(TRIES):
-        time.sleep(PAUSE if attempt else 0)
+        time.sleep(PAUSE * attempt)
         try:
-            content = _fetch(address, sha256)
-            break
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            is_status = isinstance(error, urllib.error.HTTPError)
-            problem = error if is_status else getattr(error, "reason", error)
+            response = requests.get(address, timeout=TIMEOUT)
+            response.raise_for_status()
+            content = response.content
+            if hashlib.sha256(content).hexdigest() == sha256:
+                break
+            problem = f"another file came, {len(content):,} bytes with a wrong sha256"
+        except requests.RequestException as error:
+            problem = error
     else:
         raise ValueError(problem)
     with atomic_write(path) as file:
         file.write(content)
 
 
-def _fetch(address, sha256):
-    with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
-        size = int(response.headers.get("Content-Length") or 0)
-        try:
-            content = response.read()
-        except http.client.IncompleteRead as error:
-            content = error.partial
-    if len(content) < size:
-        raise ValueError(f"cut short, {len(content):,} of {size:,} bytes came")
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"another file came, {len(content):,} bytes with a wrong sha256")
-    return content
+def optional(package: str, requirements: str = "requirements-hub.txt"):
+    """A module of a requirements file; ValueError with the pip command if it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        command = f"pip install -r {requirements}"
+        raise ValueError(f"this needs {package}, which is not installed: {command}") from None
+
+
+@contextlib.contextmanager
+def hub(repository: str, again: str):
+    """The huggingface_hub package; what it raises in here is a ValueError of one line, whose remedy
+    is the command `again`. A full disk stays an OSError.
+    """
+    library, errors = optional("huggingface_hub"), optional("huggingface_hub.errors")
+    try:
+        yield library
+        return
+    except errors.GatedRepoError:
+        reason = "access is by request: ask for it on its page, then `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "not found on the hub, nor is it a file or folder (private: `hf auth login`)"
+    except errors.LocalEntryNotFoundError:
+        offline = library.is_offline_mode()
+        reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        reason += " and the cache (HF_HOME) lacks a part of it; HF_ENDPOINT may name a mirror"
+    except Exception as error:  # networks fail in many ways
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"the transfer failed, {again} tries again: {first}"
+    raise ValueError(f"{repository}: {reason}")

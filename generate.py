@@ -10,7 +10,6 @@ From Python: `from generate import batch_generate; batch_generate(prompts, "samp
 """
 
 import contextlib
-import copy
 import os
 import sys
 import time
@@ -21,11 +20,11 @@ from pathlib import Path
 from checkpoint import ModelOptions, load_model, log_next_generate
 from files import atomic_write, read_text, unix_lines
 from logger import log, log_row, run, show
-from options import Problem, describe_fields, parse_args, typed, validate
+from options import describe_fields, parse_args, typed, validate
 from quantize import pack_linears
 from sampling import Sampling, generate_texts, stream_text
 from sampling import sample_text as sample_text  # for notebooks: from generate import sample_text
-from utils import is_out_of_memory, peak_mb
+from utils import out_of_memory, peak_mb
 
 SEPARATOR = "---\n"  # between several texts
 BATCH_SIZE = 16  # texts at a time
@@ -44,14 +43,11 @@ class Options(Sampling, ModelOptions):
         """Mutually exclusive flags."""
         sources = [n for n in ("prompt", "interactive", "prompts_file") if getattr(self, n)]
         for first, second in pairwise(sources):
-            yield Problem((first, second), f"--{second}: not allowed with --{first}")
+            yield f"--{second}: not allowed with --{first}"
         if self.interactive and self.output is not None:
-            yield Problem(("interactive", "output"), "--output: not with --interactive")
+            yield "--output: not with --interactive"
 
 
-OUT_OF_MEMORY = (
-    "out of memory: fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
-)
 USAGE = "generate.py --prompt TEXT | --interactive | --prompts_file FILE [flags]"
 
 
@@ -61,22 +57,15 @@ def main(argv=None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     prompts = read_prompts(options)
-    try:
+    remedy = "fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
+    with out_of_memory(remedy):
         model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
         pack_linears(model, min(len(prompts) * options.num_samples, BATCH_SIZE))
         log_row("sampling", describe(options))
         if options.interactive:
             interact(model, tokenizer, options)
         else:
-            with measured(model, tokenizer, options.stats) as tokenizer:
-                if options.output is not None:
-                    write_texts(options.output, generate_texts(model, tokenizer, prompts, options))
-                else:
-                    show_texts(model, tokenizer, prompts, options)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(OUT_OF_MEMORY) from error
+            show_texts(model, tokenizer, prompts, options)
     if not options.interactive and options.output is None:
         log_next_generate(options.checkpoint, options.device, options.dtype)
     return 0
@@ -109,34 +98,25 @@ def shown(value) -> str:
     return repr(value) if isinstance(value, str) else str(value)
 
 
-def show_texts(model, tokenizer, prompts, sampling):
-    """Stream a single text; print several one after another."""
-    if len(prompts) * sampling.num_samples == 1:
-        for number, [piece] in enumerate(stream_text(model, tokenizer, prompts, sampling)):
+def show_texts(model, tokenizer, prompts, options):
+    """Write the texts to --output; or stream a single text, print several one after another."""
+    start, times = time.perf_counter(), []
+    if options.output is None and len(prompts) * options.num_samples == 1:
+        pieces = stream_text(model, tokenizer, prompts, options, times=times)
+        for number, [piece] in enumerate(pieces):
             show(piece, "" if number else "bold")
         show("\n")
-        return
-    texts = generate_texts(model, tokenizer, prompts, sampling, BATCH_SIZE)
-    for number, text in enumerate(texts):
-        prompt = prompts[number // sampling.num_samples]
-        show(SEPARATOR if number else "")
-        show(prompt, "bold")
-        show(f"{text[len(prompt) :]}\n")
-
-
-@contextlib.contextmanager
-def measured(model, tokenizer, wanted):
-    """The tokenizer to generate with; if wanted, a line on speed and memory follows the texts."""
-    watched, start, times = copy.copy(tokenizer), time.perf_counter(), []
-
-    def decode_bytes(ids):
-        times.append(time.perf_counter())
-        return tokenizer.decode_bytes(ids)
-
-    if wanted:
-        watched.decode_bytes = decode_bytes
-    yield watched
-    if times:
+    else:
+        texts = generate_texts(model, tokenizer, prompts, options, BATCH_SIZE, times)
+        if options.output is not None:
+            write_texts(options.output, texts)
+            texts = ()
+        for number, text in enumerate(texts):
+            prompt = prompts[number // options.num_samples]
+            show(SEPARATOR if number else "")
+            show(prompt, "bold")
+            show(f"{text[len(prompt) :]}\n")
+    if options.stats and times:
         seconds, memory = times[-1] - start, peak_mb(next(model.parameters()).device) or 0
         speed = f"{len(times):,} tokens in {seconds:.2f} s, {len(times) / seconds:,.1f} a second"
         log_row("stats", f"{speed}; the first after {times[0] - start:.3f} s; {memory:,.0f} MB")
@@ -212,8 +192,7 @@ def interact(model, tokenizer, sampling):
                 continue
             prompt = prompt if line.strip() == "/again" else line
             this, sampling = sampling, replace(sampling, seed=sampling.seed + 1)
-            with measured(model, tokenizer, sampling.stats) as watched:
-                show_texts(model, watched, [prompt], this)
+            show_texts(model, tokenizer, [prompt], this)
         except ValueError as error:
             log(f"error: {error}")
         except KeyboardInterrupt:

@@ -25,22 +25,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from typing_extensions import TypedDict
 
-from files import (
-    atomic_write,
-    check_json,
-    free_name,
-    lock,
-    open_to_append,
-    own_folder,
-    read_bytes,
-    read_text,
-    writing,
-)
+import files
 
 LABEL = 11  # columns of the label before a text
 LINE_SECONDS = 30  # between two lines of progress without a terminal
-CONTROLS = {*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
-ESCAPES = {code: f"\\x{code:02x}" for code in CONTROLS}
+ESCAPES = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 class _Console(Console):
@@ -77,61 +66,22 @@ def world_size() -> int:
 
 
 def check_place():
-    """ValueError unless torchrun's variables are as it sets them, or not set; they are dropped."""
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    given = {name: os.environ[name] for name in alone if name in os.environ}
-    read = {
-        name: int(text) if re.fullmatch("[0-9]{1,9}", text) else -1 for name, text in given.items()
-    }
-    rank, local_rank, world_size = (alone | read).values()
-    if not 0 <= local_rank <= rank < world_size or (len(given) < 3 and world_size > 1):
-        for name in given:
-            del os.environ[name]
-        shown = " ".join(f"{name}={text[:60]}" for name, text in given.items())
-        raise ValueError(f"{shown}: not as torchrun sets these; `unset {' '.join(given)}`")
+    """ValueError if torchrun's variables are set, but not by torchrun; they are dropped."""
+    names = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
+    if names and "TORCHELASTIC_RUN_ID" not in os.environ:
+        shown = " ".join(f"{name}={os.environ.pop(name)[:60]}" for name in names)
+        raise ValueError(f"{shown}: not set by torchrun; `unset {' '.join(names)}`")
 
 
 # ---------------------------------------------------------------- messages
 
 
-def log(message: str = ""):
-    """A message on stderr."""
-    if rank() == 0:
-        _print(message)
-
-
-def log_row(label: str, text: str, style: str = "dim"):
-    """`label      text`: the form of headers and summaries."""
-    print_rows([(label, text, style)], console=stderr)
-
-
-def warn(message: str):
-    """A message about what may not be as it should."""
-    if rank() == 0:
-        _print(message, "warning: ", "yellow")
-
-
-def log_next(*commands: str):
-    """Say what to type next, a command a line."""
-    print_rows([], *commands, console=stderr)
-
-
-def print_rows(rows: list[tuple[str, str, str]], *next_commands: str, console=stdout):
-    """Rows of (label, text, style) on stdout, for summaries that are results; then what to type
-    next, never folded: it is there to be pasted.
+def log(text="", label="", style="", console=stderr, fold=True, every_rank=False):
+    """A message of rank 0, after a styled label. On a terminal it is folded at words, all lines
+    below each other (a `command` stays whole); elsewhere a line stays as it is, for grep.
     """
-    if rank() > 0:
+    if rank() > 0 and not every_rank:
         return
-    for label, text, style in rows:
-        _print(text, f"{label:<{LABEL - 1}} ", style, console)
-    if next_commands:
-        _print("\n".join(next_commands), f"{'next':<{LABEL - 1}} ", "dim", console, fold=False)
-
-
-def _print(text, label="", style="", console=stderr, fold=True):
-    """label (styled) and text. A terminal gets it folded at words (a `command` stays whole), all
-    lines of the text below each other; elsewhere a line stays as it is, for grep.
-    """
     lines = visible(text).split("\n")
     if fold and console.is_terminal:
         width = max(20, console.width - len(label))
@@ -140,6 +90,21 @@ def _print(text, label="", style="", console=stderr, fold=True):
         lines = [part.replace("\0", " ") for line in whole for part in wrapper.wrap(line) or [""]]
     text = f"\n{' ' * len(label)}".join(lines)
     console.print(Text.assemble((label, style), (text, "" if fold else "bold")), soft_wrap=True)
+
+
+def log_row(label: str, text: str, style: str = "dim", console=stderr):
+    """`label      text`: the form of headers and summaries; on stdout if they are results."""
+    log(text, f"{label:<{LABEL - 1}} ", style, console)
+
+
+def log_next(*commands: str, console=stderr):
+    """Say what to type next, a command a line, never folded: it is there to be pasted."""
+    log("\n".join(commands), f"{'next':<{LABEL - 1}} ", "dim", console, fold=False)
+
+
+def warn(message: str):
+    """A message about what may not be as it should."""
+    log(message, "warning: ", "yellow")
 
 
 def visible(text: str) -> str:
@@ -157,7 +122,7 @@ def show(text: str, style: str = ""):
 
 def command_for(script: str, *words) -> str:
     """The line that runs one of our scripts from the current folder with this very Python."""
-    return quoted(program(), _from_here(Path(__file__).with_name(script)), *words)
+    return quoted(from_here(sys.executable), from_here(Path(__file__).with_name(script)), *words)
 
 
 def quoted(*words) -> str:
@@ -166,28 +131,21 @@ def quoted(*words) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def program(name: str | None = None) -> str:
-    """What to type for this Python, or for a program that was installed next to it."""
-    path = Path(sys.executable) if name is None else Path(sys.executable).with_name(name)
-    if shutil.which(path.name) == str(path) or not path.exists():
-        return path.name.removesuffix(".exe")
-    return _from_here(path)
-
-
-def _from_here(path):
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+def from_here(path):
+    """path as it is typed: relative to this folder, or only its name if the shell finds it."""
+    path, here = Path(path), Path.cwd()
+    if shutil.which(path.name) == str(path):
+        return path.name
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def human_time(seconds: float) -> str:
     """92 -> '1m32s'."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    if minutes == 0:
-        return f"{seconds}s"
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 def perplexity(loss: float) -> float:
@@ -200,42 +158,33 @@ def progress(label: str, total: int | None, unit: str, done: int = 0):
     """Yield a function to be told how much more of a long piece of work is done. On a terminal that
     is a live line, gone when the work is; elsewhere a plain line every LINE_SECONDS.
     """
-    count = "{task.completed:,.0f}" + (" / {task.total:,.0f}" if total else "") + f" {unit}"
-    label = visible(label)
+    label, shown = visible(label), time.monotonic()
     name = TextColumn("{task.description}", markup=False)  # a file may be called [x]
-    started = shown = time.monotonic()
-    first = done
-    with _live(name, BarColumn(None), TextColumn(count), TimeRemainingColumn()) as bar:
-        task = bar.add_task(label, total=total, completed=done)
+    count = "{task.completed:,.0f}" + (" / {task.total:,.0f}" if total else "") + f" {unit}"
+    with _live(name, BarColumn(None), count, TimeRemainingColumn()) as bar:
+        bar.add_task(label, total=total, completed=done)
+        (task,) = bar.tasks
 
         def advance(amount):
-            nonlocal done, shown
-            done += amount
-            now = time.monotonic()
-            if now - shown < (LINE_SECONDS if bar.disable else 0.1):
+            nonlocal shown
+            bar.advance(task.id, amount)
+            if not bar.disable or time.monotonic() - shown < LINE_SECONDS:
                 return
-            shown = now
-            bar.update(task, completed=done, refresh=True)
-            if bar.disable and total:
-                left = (now - started) / max(1, done - first) * (total - done)
-                log(f"{label}: {done:,} of {total:,} {unit}, {human_time(left)} left")
-            elif bar.disable:
-                log(f"{label}: {done:,}")
+            shown = time.monotonic()
+            line = f"{label}: {task.completed:,}"
+            if total:
+                left = task.elapsed / max(1, task.completed - done) * task.remaining
+                line += f" of {total:,} {unit}, {human_time(left)} left"
+            log(line)
 
         yield advance
 
 
 def _live(*columns):
-    """A live line on stderr, drawn when it is told to: no thread takes time from the work."""
-    return Progress(
-        *columns,
-        console=stderr,
-        transient=True,
-        auto_refresh=False,
-        redirect_stdout=False,
-        redirect_stderr=False,
-        disable=rank() > 0 or not stderr.is_terminal,
-    )
+    """A live line on stderr."""
+    hidden = rank() > 0 or not stderr.is_terminal
+    alone = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
+    return Progress(*columns, console=stderr, disable=hidden, **alone)
 
 
 # ---------------------------------------------------------------- exit codes
@@ -275,11 +224,9 @@ def run(main, argv=None) -> int:
 
 def _exit_code(error):
     unreadable = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-    if hasattr(error, "exit_code"):
-        return error.exit_code
-    if isinstance(error, (ValueError, *unreadable)):
-        return 2
-    return 4 if isinstance(error, OSError) else None
+    is_input = isinstance(error, (ValueError, *unreadable))
+    other = 4 if isinstance(error, OSError) else None
+    return getattr(error, "exit_code", 2 if is_input else other)
 
 
 def _show_error(error, code):
@@ -289,18 +236,16 @@ def _show_error(error, code):
         label = f"process {rank()}: {label}"
     elif os.environ.get("LOCAL_RANK", "0") != "0":
         return
+    lines = str(error).splitlines() or [type(error).__name__]
     if isinstance(error, OSError) and error.strerror:
         lines = [f"{error.filename}: {error.strerror}" if error.filename else error.strerror]
-    else:
-        lines = str(error).splitlines() or [type(error).__name__]
     for line in lines:
-        _print(line, label, "red")
+        log(line, label, "red", every_rank=True)
 
 
 # ---------------------------------------------------------------- the log of a run
 
 TAGS = {"loss": "loss/train", "val_loss": "loss/val"}  # of records; the others are their own
-OWNER = ".checkpoint_dir"  # in a run's folder: whose run it is
 MOST_METRICS = 1 << 28  # bytes
 
 
@@ -320,46 +265,40 @@ def open_run(log_dir, checkpoint_dir, name: str | None, step: int, wanted: str |
     """
     dated = Path(log_dir, time.strftime("%Y-%m-%d_%H-%M-%S"))
     before = folder = Path(log_dir, name or dated.name)
-    owner = here = str(Path(checkpoint_dir).resolve())
+    owner = checkpoint_dir
     with contextlib.suppress(OSError, ValueError):
-        owner = read_text(before / OWNER)
+        owner = str(files.read_json(before / "config.json").get("checkpoint_dir"))
     if wanted not in (None, name):
         folder = Path(log_dir, wanted)
         if (folder / "metrics.jsonl").exists():
             raise ValueError(f"--run_name {wanted}: {folder} holds a run; choose another name")
-    elif name is None or owner != here:
-        folder = free_name(dated)
+    elif name is None or os.path.abspath(owner) != os.path.abspath(checkpoint_dir):
+        folder = files.free_name(dated)
     if name is not None and folder != before:
         log_row("run", f"{folder} goes on from step {step:,} of {before}, which stays as it is")
-    with lock(own_folder(folder)):
-        with atomic_write(folder / OWNER, "w") as file:
-            file.write(here)
+    with files.lock(files.own_folder(folder)):
         records, problem = read_metrics(before / "metrics.jsonl")
         if problem and folder == before:
-            aside = free_name(folder / "metrics.jsonl.damaged")
+            aside = files.free_name(folder / "metrics.jsonl.damaged")
             os.replace(folder / "metrics.jsonl", aside)
             warn(f"{problem}; the file is kept as {aside}")
         yield folder.name, [record for record in records if record["step"] <= step]
 
 
 def read_metrics(path) -> tuple[list[dict], str]:
-    """The records of a metrics.jsonl, and the first thing that is wrong with it, if there is one;
-    half a line at its end is what a kill may leave.
+    """The records of a metrics.jsonl up to the first line that is none, and what is wrong with it;
+    half a line at the end is what a kill may leave.
     """
-    records, problems = [], []
+    records = []
     try:
-        for number, line in enumerate(io.BytesIO(read_bytes(path, MOST_METRICS)), start=1):
-            try:
-                records.append(check_json(line, Record, f"{path}, line {number}"))
-            except ValueError as error:
-                problems += [str(error)] * line.endswith(b"\n")
-            if len(problems) > 100:
-                break
+        for number, line in enumerate(io.BytesIO(files.read_bytes(path, MOST_METRICS)), start=1):
+            if line.endswith(b"\n"):
+                records.append(files.check_json(line, Record, f"{path}, line {number}"))
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        problems = [str(error)]
-    return records, "".join(problems[:1])
+        return records, str(error)
+    return records, ""
 
 
 class RunLog:
@@ -371,70 +310,60 @@ class RunLog:
         self.folder, self.records, self.total = folder, records, total
         self.first_step, self.files = step, []
         self.seconds_before = records[-1]["seconds"] if records else 0.0
-        self.bar = _live(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(None),
-            TextColumn("{task.description}"),
-        )
+        steps = "step {task.completed:.0f}/{task.total:.0f}"
+        self.bar = _live(steps, BarColumn(None), "{task.description}")
         self.task = self.bar.add_task("timing the first steps", total=total, completed=step)
 
     def start(self, config: dict):
         """Open the files, on rank 0, and start the clock. config.json is a valid --config."""
         if rank() == 0:
-            with writing(self.folder):
+            with files.writing(self.folder):
                 self._open(json.dumps(config, indent=2))
         self.bar.start()
-        self.started = self.drawn = time.perf_counter()
+        self.started = time.perf_counter()
 
     def _open(self, config):
-        from tensorboard.compat.proto.event_pb2 import SessionLog  # slow to import
-
-        with atomic_write(self.folder / "config.json", "w") as file:
-            file.write(config)
-        with atomic_write(self.folder / "metrics.jsonl", "w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in self.records)
         is_copy = not any(self.folder.glob("events*"))
+        lines = (json.dumps(record) + "\n" for record in self.records)
+        for name, text in {"config.json": config, "metrics.jsonl": "".join(lines)}.items():
+            with files.atomic_write(self.folder / name, "w") as file:
+                file.write(text)
         names = "metrics.jsonl", f"events.out.tfevents.{time.time():.6f}"
-        self.files = [open_to_append(self.folder / name) for name in names]
+        self.files = [files.open_to_append(self.folder / name) for name in names]
         self._event(0, file_version="brain.Event:2")
         # what TensorBoard has of later steps is from a run that was killed
-        self._event(self.first_step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._text("config", config, self.first_step)
+        self._event(self.first_step + 1, session_log={"status": "START"})
+        self._plot({"step": self.first_step}, config=config)
         for record in self.records if is_copy else ():
             self._plot(record)
 
     def _event(self, step, **content):
-        from tensorboard.compat.proto.event_pb2 import Event
+        """Write it here: the thread of TensorBoard's own writer does not survive a full disk."""
+        from tensorboard.compat.proto.event_pb2 import Event  # slow to import
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         event = Event(wall_time=time.time(), step=step, **content)
         RecordWriter(self.files[1]).write(event.SerializeToString())
 
-    def _text(self, tag, text, step):
+    def _plot(self, record, **others):
+        """Numbers become TensorBoard's curves, texts its texts."""
         from tensorboard.plugins.text.summary_v2 import text_pb
 
-        self._event(step, summary=text_pb(tag, f"```\n{text}\n```"))
-
-    def _plot(self, record, memory_mb=None):
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        scalars = record | {"memory_mb": memory_mb}
+        values = {TAGS.get(name, name): value for name, value in record.items()} | others
         if record.get("val_loss") is not None:
-            scalars |= {"perplexity/val": perplexity(record["val_loss"])}
-            scalars |= {"best_val_loss": min(self.val_losses(record["step"]))}
-        values = [
-            Summary.Value(tag=TAGS.get(name, name), simple_value=value)
-            for name, value in scalars.items()
-            if value is not None and name not in ("step", "seconds")
-        ]
-        self._event(record["step"], summary=Summary(value=values))
+            values["perplexity/val"] = perplexity(record["val_loss"])
+            values["best_val_loss"] = min(self.val_losses(record["step"]))
+        summary = []
+        for tag, value in values.items():
+            if isinstance(value, str):
+                summary += text_pb(tag, f"```\n{value}\n```").value
+            elif value is not None and tag not in ("step", "seconds"):
+                summary.append({"tag": tag, "simple_value": value})
+        self._event(record["step"], summary={"value": summary})
 
     def advance(self, step: int):
-        """One more step is made: the live line counts it, ten times a second at most."""
-        now = time.perf_counter()
-        refresh = now - self.drawn > 0.1
-        self.bar.update(self.task, completed=step, refresh=refresh)
-        self.drawn = now if refresh else self.drawn
+        """One more step is made."""
+        self.bar.update(self.task, completed=step)
 
     def write(self, record: dict, sample: str | None = None, memory_mb: float | None = None):
         """Log one step; adds `seconds` since the first step, summed over resumes. A number that is
@@ -448,11 +377,9 @@ class RunLog:
         self.records.append(record)
         if not self.files:
             return
-        with writing(self.folder):
+        with files.writing(self.folder):
             self.files[0].write(json.dumps(record).encode() + b"\n")
-            self._plot(record, memory_mb)
-            if sample is not None:
-                self._text("sample", sample, record["step"])
+            self._plot(record, sample=sample, memory_mb=memory_mb)
             for file in self.files:
                 file.flush()
 
@@ -465,12 +392,12 @@ class RunLog:
         """The live line, or a plain one; an evaluation's stays on a terminal too."""
         step, loss = f"step {record['step']}/{self.total}: ", f"loss {record['loss']:.4f}"
         rate, speed = f"lr {record['lr']:.2e}", f"{record['tokens_per_second']:,.0f} tok/s"
-        mfu = [] if record["mfu"] is None else [f"mfu {record['mfu']:.0%}"]
         left = [] if record["step"] == self.total else [f"{human_time(left)} left"]
+        self.bar.update(self.task, description=", ".join([*left, loss, rate, speed]))
         if self.bar.disable:
             norm = f"norm {record['grad_norm']:.2f}"
+            mfu = [] if record["mfu"] is None else [f"mfu {record['mfu']:.0%}"]
             log(step + ", ".join([loss, rate, norm, speed, *mfu, *left]))
-        self.bar.update(self.task, description=", ".join([*left, loss, rate, speed]))
         if "val_loss" in record:
             val_loss = record["val_loss"]
             parts = [f"val loss {val_loss:.4f}", f"perplexity {perplexity(val_loss):.2f}"]

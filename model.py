@@ -39,22 +39,20 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # (B, H, S, D) each
         p = self.dropout if self.training else 0.0
         y = attention(q, k, v, mask, p)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)
         return F.dropout(self.c_proj(y), p)
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
     """Scaled dot-product attention (B, H, T, D). In bf16 on a CPU the fused kernel saves memory but
-    takes twice as long as plain matmuls, so those serve T > 1 if the scores (B, H, T, S) are few.
+    takes twice as long as plain products, so those serve T > 1 if the scores (B, H, T, S) are few.
     """
-    T, few_scores = q.shape[2], q[..., 0].numel() * k.shape[2] <= MAX_SCORES
-    if q.device.type == "cpu" and q.dtype == k.dtype == torch.bfloat16 and T > 1 and few_scores:
+    q, T, scores = q.to(k.dtype), q.shape[2], q[..., 0].numel() * k.shape[2]
+    if k.device.type == "cpu" and k.dtype == torch.bfloat16 and T > 1 and scores <= MAX_SCORES:
         return plain_attention(q, k, v, mask, dropout)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(k.dtype)
-    causal = mask is None and T > 1
-    y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout, is_causal=causal)
-    return y.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1)
 
 
 def plain_attention(q, k, v, mask=None, dropout=0.0):
@@ -236,49 +234,10 @@ class GPT2(nn.Module):
 def cross_entropy(logits, targets):
     """Mean cross-entropy in nats, in at least float32; targets of -1 do not count.
 
-    logits (B, T, V), targets int64 (B, T). In chunks, but for a few logits or under torch.compile.
+    logits (B, T, V), targets int64 (B, T).
     """
-    logits, targets = logits.flatten(0, 1), targets.flatten()  # (N, V), (N,), N = B * T
-    if torch.compiler.is_compiling() or logits.numel() <= 2**20:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), targets, ignore_index=-1)
-    return CrossEntropy.apply(logits, targets)
-
-
-class CrossEntropy(torch.autograd.Function):
-    """The same, in chunks of rows: it needs one extra tensor, in the logits' dtype, instead of
-    three in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        ctx.save_for_backward(logits, targets)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        losses = [
-            F.cross_entropy(part.to(wide), target, ignore_index=-1, reduction="sum")
-            for part, target in chunks(logits, targets)
-        ]
-        return torch.stack(losses).sum() / (targets != -1).sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        """d loss / d logits = (softmax - one_hot(target)) / number of targets."""
-        logits, targets = ctx.saved_tensors
-        counts, out = targets != -1, torch.empty_like(logits)
-        scales = (grad / counts.sum()).where(counts, 0)[:, None]  # (N, 1)
-        targets = targets.clamp(min=0)[:, None]  # (N, 1)
-        for part, out_part, target, scale in chunks(logits, out, targets, scales):
-            p = part.softmax(1, dtype=grad.dtype)
-            p.scatter_(1, target, p.gather(1, target) - 1)
-            out_part.copy_(p.mul_(scale))
-        return out, None
-
-
-def chunks(logits, *others):
-    """Split all tensors into row chunks sized to fit a CPU's cache (larger on a GPU)."""
-    rows = max(1, 2 ** (20 if logits.device.type == "cpu" else 24) // logits.shape[1])
-    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
 # ---------------------------------------------------------------- the cache

@@ -62,9 +62,7 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups marked `muon` are updated with orthogonalized momentum instead.
 
     Muon (Jordan 2024) with the update scaled to AdamW's usual size, 0.2 * sqrt(longer side) (Liu et
-    al. 2025), so that one learning rate serves both; beta1 is its momentum. Matrices of equal shape
-    are orthogonalized together; c_attn is split into Q, K and V first. FSDP shards are gathered on
-    every rank.
+    al. 2025), so that one learning rate serves both; beta1 is its momentum.
     """
 
     def __init__(self, params, orthogonalize_dtype=None, **settings):
@@ -108,10 +106,13 @@ class Muon(torch.optim.AdamW):
         torch._foreach_add_(params, updates)
 
     def _orthogonalize(self, updates):
-        """Orthogonalize in place, batching matrices of equal shape."""
+        """Orthogonalize in place, matrices of equal shape together, c_attn as its Q, K and V."""
         by_shape = {}
-        for part in (part for update in updates for part in _square_parts(update)):
-            by_shape.setdefault(part.shape, []).append(part)
+        for update in updates:
+            rows, columns = update.shape
+            is_c_attn = rows == 3 * columns
+            for part in update.view(3, columns, columns) if is_c_attn else [update]:
+                by_shape.setdefault(part.shape, []).append(part)
         for shape, parts in by_shape.items():
             most = ORTHOGONALIZE_AT_ONCE.get(parts[0].device.type, 2**22)
             count = max(1, most // shape.numel())
@@ -119,12 +120,6 @@ class Muon(torch.optim.AdamW):
                 batch = parts[i : i + count]
                 new = orthogonalize(torch.stack(batch), self.orthogonalize_dtype)
                 torch._foreach_copy_(batch, list((new * (0.2 * math.sqrt(max(shape)))).unbind()))
-
-
-def _square_parts(matrix):
-    """Views of c_attn's (3C, C) as its Q, K and V matrices; any other matrix as it is."""
-    rows, columns = matrix.shape
-    return matrix.view(3, columns, columns).unbind() if rows == 3 * columns else (matrix,)
 
 
 def orthogonalize(matrices, dtype=None, steps: int = 5):

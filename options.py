@@ -16,11 +16,10 @@ import difflib
 import inspect
 import re
 import textwrap
-import types
 from dataclasses import MISSING, fields
-from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 
 class Problem(NamedTuple):
@@ -31,8 +30,8 @@ class Problem(NamedTuple):
 
 
 def integer(least: int | None = None, most: int | None = None):
-    """The type of a whole number with inclusive limits; on the command line also 1e5."""
-    return Annotated[int, Field(ge=least, le=most), BeforeValidator(_without_exponent)]
+    """The type of a whole number with inclusive limits."""
+    return Annotated[int, Field(ge=least, le=most)]
 
 
 def number(least=None, most=None, above=None, below=None):
@@ -40,35 +39,33 @@ def number(least=None, most=None, above=None, below=None):
     return Annotated[float, Field(ge=least, le=most, gt=above, lt=below, allow_inf_nan=False)]
 
 
-# the type of a folder's name, no path
-FolderName = Annotated[str, Field(pattern=r"^\w[\w.\-]{0,127}$")]
-
-
-def _without_exponent(value):
-    is_power = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value)
-    return float(value) if is_power else value
+FolderName = Annotated[str, Field(pattern=r"^\w[\w.\-]{0,127}$")]  # no path
 
 
 # ---------------------------------------------------------------- checking
 
 
-def validate(options):
-    """Give every field its proper type; ValueError with one line for each problem."""
-    if found := problems(options):
+def validate(options, found=()):
+    """Give every field its proper type; ValueError with a line for each problem, also of found."""
+    if found := problems(options, found):
         raise ValueError("\n".join(problem.message for problem in found))
 
 
-def problems(options) -> list[Problem]:
-    """Everything that is wrong with a dataclass: types and ranges, then what its own method
-    `problems` yields about fields that are right by themselves.
+def problems(options, found=()) -> list[Problem]:
+    """found, and everything that is wrong with a dataclass: types and ranges, then the lines of its
+    own method `problems` about combinations of fields that are right by themselves.
     """
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
-    values, found = typed(type(options), values, strict=True)
+    cls, values = type(options), {f.name: getattr(options, f.name) for f in fields(options)}
+    values, wrong = typed(cls, values, strict=True)
     vars(options).update(values)
+    known = {name for problem in found for name in problem.fields}
+    found = [*found, *(problem for problem in wrong if problem.fields[0] not in known)]
     bad = {name for problem in found for name in problem.fields}
-    if hasattr(options, "problems"):
-        across = _instance(type(options), values).problems()
-        found += [problem for problem in across if not bad & set(problem.fields)]
+    if hasattr(cls, "problems"):
+        for message in cls(**values).problems():
+            names = re.findall(r"--(\w+)", message)
+            if not bad & set(names):
+                found.append(Problem(tuple(names), message))
     return found
 
 
@@ -86,44 +83,25 @@ def typed(cls, values: dict, strict: bool = False) -> tuple[dict, list[Problem]]
         except ValidationError as error:
             first = error.errors()[0]
             shown = repr(first["input"]) if strict else str(first["input"])  # '6' is no number
-            line = f"{_flag(cls, name)} {shown[:100]}: {reason(first)}"
-            found.append(Problem((name,), line))
+            flag = _flag(cls, name)
+            found.append(Problem((name,), f"{flag} {shown[:100]}: {reason(first)}"))
+            if flag == name:  # a positional argument has no default
+                good[name] = None
     return good, found
 
 
 def reason(error: dict) -> str:
     """What one of pydantic's errors says, in our words and without its field."""
     message = error["msg"].split(", unable to")[0].removeprefix("Value error, ")
-    if error["type"] == "literal_error":
-        choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
-        return f"must be one of {choices}"
-    if error["type"] == "string_pattern_mismatch":  # of FolderName
-        return "must be letters, digits, '_', '.' and '-', at most 128 of them"
-    for theirs, ours in OUR_WORDS.items():
-        message = message.replace(theirs, ours)
-    return message
-
-
-OUR_WORDS = {
-    "Input should": "must",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "Field required": "is missing",
-}
-
-
-def _instance(cls, values):
-    """cls with these values, else its defaults, and None for a missing positional argument."""
-    positional = [field.name for field in fields(cls) if _is_positional(field)]
-    return cls(**dict.fromkeys(positional) | values)
-
-
-def _is_positional(field):
-    return field.default is field.default_factory is MISSING
+    message = re.sub("^(Input|String) should", "must", message)
+    message = message.replace("greater than or equal to", "at least")
+    message = message.replace("less than or equal to", "at most")
+    return message.replace("Field required", "is missing")
 
 
 def _flag(cls, name):
-    return name if _is_positional(cls.__dataclass_fields__[name]) else f"--{name}"
+    field = cls.__dataclass_fields__[name]
+    return name if field.default is field.default_factory is MISSING else f"--{name}"
 
 
 # ---------------------------------------------------------------- the command line
@@ -132,10 +110,7 @@ def _flag(cls, name):
 def parse_args(cls, argv, doc, usage=None):
     """A script's options from its command line; ValueError with a line for every problem."""
     (options,), _, found = parse(argv, doc, cls, usage=usage)
-    bad = {name for problem in found for name in problem.fields}
-    found += [problem for problem in problems(options) if not bad & set(problem.fields)]
-    if found:
-        raise ValueError("\n".join(problem.message for problem in found))
+    validate(options, found)
     return options
 
 
@@ -150,7 +125,7 @@ def parse(argv, doc, *classes, usage=None) -> tuple[list, set[str], list[Problem
     for cls in classes:
         names = {field.name for field in fields(cls)}
         values, wrong = typed(cls, {n: text for n, text in texts.items() if n in names})
-        instances.append(_instance(cls, values))
+        instances.append(cls(**values))
         found += wrong
     return instances, set(texts) - {"debug"}, found
 
@@ -170,9 +145,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
         groups = {}
         for cls in classes:
-            notes, hints = describe_fields(cls), get_type_hints(cls, include_extras=True)
+            notes, hints = describe_fields(cls), get_type_hints(cls)
             for field in fields(cls):
-                title, comment = notes.get(field.name, ("options", ""))
+                title, comment = notes[field.name]
                 groups[title] = groups.get(title) or self.add_argument_group(title)
                 details = _details(field.name, hints[field.name]) | {"help": _help(field, comment)}
                 groups[title].add_argument(_flag(cls, field.name), **details)
@@ -180,29 +155,27 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
-    def unknown_flags(self, unknown) -> list[Problem]:
+    def unknown_flags(self, words) -> list[Problem]:
         """A problem for each unknown flag, naming the nearest known one."""
-        flags = [option for action in self._actions for option in action.option_strings]
-        found, see = [], f"(see {self.prog} --help)"
-        for word in (word.split("=")[0] for word in unknown if word.startswith("--")):
-            near = difflib.get_close_matches(word, flags, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f" {see}"
-            found.append(Problem((), f"unknown flag {word}{hint}"))
-        if unknown and not found:
-            found.append(Problem((), f"unexpected argument {unknown[0]!r} {see}"))
+        found = []
+        for flag in [word.split("=")[0] for word in words if word.startswith("--")] or words[:1]:
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+            found.append(Problem((), f"unknown argument {flag}; {hint}"))
         return found
 
 
 def _details(name, hint) -> dict:
     """How many values argparse takes for a field, and how --help calls them."""
-    while get_origin(hint) in (Annotated, Union, types.UnionType):  # limits, or None
-        hint = get_args(hint)[0]
+    choices = get_args(hint)
+    if type(None) in choices:
+        return _details(name, choices[0])
     if hint is bool:
         return {"nargs": "?", "const": "true", "metavar": "{true,false}"}
     if get_origin(hint) is list:
-        return {"nargs": "+", "metavar": (_details(name, get_args(hint)[0])["metavar"], "")}
+        return {"nargs": "+", "metavar": (_details(name, choices[0])["metavar"], "")}
     if get_origin(hint) is Literal:
-        return {"metavar": f"{{{','.join(get_args(hint))}}}"}
+        return {"metavar": f"{{{','.join(choices)}}}"}
     other = "DIR" if name.endswith("_dir") else name.upper()
     return {"metavar": {int: "N", float: "X"}.get(hint, other)}
 
@@ -211,8 +184,7 @@ def _help(field, comment):
     """The comment and the default; "; unset: ..." in it says what None stands for."""
     comment, _, unset = comment.partition("; unset: ")
     if field.default is not False and field.default not in (MISSING, ""):
-        default = "none" if field.default is None else str(field.default).lower()
-        comment += f" (default: {unset or default})"
+        comment += f" (default: {unset or str(field.default).lower()})"
     return comment.replace("%", "%%")
 
 

@@ -30,8 +30,8 @@ def process_group(device: torch.device, timeout: float = 600):
     """Join the other processes that torchrun started, if any; PeerError, with the ranks, if any
     dies or does not respond within timeout seconds.
 
-    GPU tensors go through NCCL, host tensors through gloo. Yields a gloo group for agreeing on the
-    host: its timeout is shorter than NCCL's, whose timeout kills the process without an error.
+    Yields a gloo group for agreeing on the host: NCCL, which has the GPU tensors, kills the process
+    without an error at its timeout, so that is longer.
     """
     if world_size() == 1 or dist.is_initialized():
         yield None
@@ -58,35 +58,28 @@ def process_group(device: torch.device, timeout: float = 600):
 
 
 def _store_of_this_start(store, timeout):
-    """A prefix of torchrun's store for this set of starts. After a restart the store still holds
-    the dead workers' addresses. Each rank counts its starts, rank 0 publishes the vector of counts,
-    and the vector that all confirm becomes the prefix. (TORCHELASTIC_RESTART_COUNT is counted per
-    machine.)
+    """A prefix of torchrun's store, which after a restart still holds the dead workers' addresses:
+    how many workers were ever started, as soon as all of this start have seen the same number.
     """
-    starts, agreed = store.add(f"starts {rank()}", 1), None
-    until = time.monotonic() + timeout
+    store.add("started", 1)
+    seen, until = 0, time.monotonic() + timeout
     while time.monotonic() < until:
-        if rank() == 0:
-            counts = [str(store.add(f"starts {other}", 0)) for other in range(world_size())]
-            store.set("counts", ",".join(counts))
-        counts = store.get("counts").decode()
-        if counts != agreed and counts.split(",")[rank()] == str(starts):
-            store.add(f"agreed {counts}", 1)
-            agreed = counts
-        if agreed and store.add(f"agreed {agreed}", 0) == world_size():
-            return dist.PrefixStore(agreed, store)
+        if seen != store.add("started", 0):
+            seen = store.add("started", 0)
+            store.add(f"seen {seen}", 1)
+        if store.add(f"seen {seen}", 0) == world_size():
+            return dist.PrefixStore(str(seen), store)
         time.sleep(0.01)
     raise dist.DistStoreError(f"not all processes came within {timeout:g} seconds")
 
 
-def _missing_ranks(store, seconds: float = 3) -> str:
-    """Each rank that gets here sets a key in the store; those that do not are missing."""
+def _missing_ranks(store) -> str:
+    """The ranks that do not get here: each that does sets a key in the store."""
     try:
         store.set(f"waiting {rank()}", "")
-        missing, until = list(range(world_size())), time.monotonic() + seconds
-        while missing and time.monotonic() < until:
-            missing = [other for other in missing if not store.check([f"waiting {other}"])]
-            time.sleep(0.05)
+        time.sleep(3 if rank() > 0 else 5)  # the store may be rank 0's, so it leaves last
+        others = range(world_size())
+        missing = [other for other in others if not store.check([f"waiting {other}"])]
     except (AttributeError, RuntimeError):  # there is no store, or rank 0 is gone with it
         missing = [0]
     return " and ".join(f"process {other}" for other in missing) or "a process"
@@ -112,23 +105,21 @@ def broadcast_from_rank0(function):
     """What function returns, or raises, on rank 0; other ranks do not call it."""
     if world_size() == 1:
         return function()
-    answer = [None, None]
+    answer = [None]
     if rank() == 0:
         try:
-            answer[0] = function()
-        except Exception as error:  # re-raised on every rank
-            answer[1] = error
+            answer = [function()]
+        except Exception as error:
+            answer = [error]
     dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
+    if isinstance(answer[0], Exception):
+        raise answer[0]
     return answer[0]
 
 
 class StopSignals:
-    """Remembers SIGINT or SIGTERM for the end of the step; a second one leaves at once.
-
-    On Ctrl-C torchrun forwards the signal that its workers already got from the terminal, so a
-    repeat within two seconds is ignored.
+    """Remembers SIGINT or SIGTERM for the end of the step; a second one leaves at once. Under
+    torchrun not within two seconds: it forwards a Ctrl-C that its workers got from the terminal.
     """
 
     def __init__(self, group=None):
@@ -166,9 +157,7 @@ class StopSignals:
 
 def shard(model, device, dtype):
     """Shard weights, gradients and optimizer state over all ranks; each block is gathered only
-    while it computes (fsdp: Zhao et al. 2023).
-
-    With bfloat16 the weights stay float32 and are cast when they are gathered.
+    while it computes (fsdp: Zhao et al. 2023). bfloat16's weights are float32, cast when gathered.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -182,9 +171,7 @@ def shard(model, device, dtype):
 
 
 def gradient_sync(forward, last: bool):
-    """Say before each micro-batch whether it is the last: with that, gradients are all-reduced;
-    until then they add up on each rank.
-    """
+    """Say before each micro-batch whether it is the last, with which gradients are all-reduced."""
     if isinstance(forward, DistributedDataParallel):
         forward.require_backward_grad_sync = last
     elif hasattr(forward, "set_requires_gradient_sync"):  # fsdp
@@ -192,10 +179,8 @@ def gradient_sync(forward, last: bool):
 
 
 def compile_model(model):
-    """The compiled model; the plain one, with a warning, if any rank has no working compiler.
-
-    Wrapped in DDP before its first call, it is split at DDP's buckets, so that gradients are
-    exchanged while the backward pass goes on.
+    """The compiled model, which DDP splits at its buckets, to exchange gradients early; the plain
+    one, with a warning, if any rank has no working compiler.
     """
     # else recomputed dropout has a random state of its own, which no seed and no checkpoint sets
     torch._functorch.config.graphsafe_rng_functionalization = False

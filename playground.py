@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter, with_config
 
 from checkpoint import ModelOptions, describe_model, load_model
-from files import check_json
-from huggingface import optional
+from files import check_json, optional
 from logger import log_row, run, warn
 from model import apply_rotary, attention_mask, context_limit, context_start, rotary_cos_sin
 from options import integer, parse_args
@@ -37,6 +36,7 @@ TEXT_TOKENS, REQUEST_BYTES, AT_ONCE = 2048, 2**18, 16  # of a text; of a request
 BODY_SECONDS = 10  # in which a request must be here
 PAUSE_SECONDS = 0.1  # between two messages with new tokens
 SHOWN, COLUMNS = 10, 6  # candidates; tokens in the table of layers
+POLICY = "default-src 'self' 'unsafe-inline' data:; base-uri 'none'; frame-ancestors 'none'"
 
 
 @dataclass
@@ -70,10 +70,7 @@ def outputs_of(modules, model, ids):
 
 @torch.inference_mode()
 def attention(model, ids, places=slice(None)):
-    """How much tokens attend to themselves and to those before: (L, H, P, T), each row sums to 1.
-
-    ids: T of them, at most block_size; places: which of them attend, P indices, by default all.
-    """
+    """How much the tokens at P places attend to themselves and those before: (L, H, P, T)."""
     config, T = model.config, len(ids)
     qkv = outputs_of([block.attn.c_attn for block in model.transformer.h], model, ids).float()
     qk = qkv.view(config.n_layer, T, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)[:2]
@@ -88,18 +85,15 @@ def attention(model, ids, places=slice(None)):
 
 @torch.inference_mode()
 def logit_lens(model, ids, places=slice(None)):
-    """What each layer would say comes next if it were the last (nostalgebraist 2020): the final
-    norm and the head applied to the residual stream after each block, logits (L, P, V). ids and
-    places are those of `attention`.
-    """
+    """What each layer would say were it the last (nostalgebraist 2020): logits (L, P, V)."""
     stream = outputs_of(model.transformer.h, model, ids)[:, places]  # (L, P, C)
     return model.lm_head(model.transformer.ln_f(stream)).float()
 
 
 @torch.inference_mode()
 def candidates(model, ids, sampling=None):
-    """All tokens that could follow ids, the likeliest first: their ids, their probabilities, and
-    those after temperature, top_k and top_p (by default those of Sampling); (V,) each.
+    """All tokens that could follow, the likeliest first: ids, probabilities, and those after
+    temperature, top_k and top_p; (V,) each.
     """
     sampling, start = sampling or Sampling(), context_start(len(ids), context_limit(model.config))
     logits = logit_lens(model, ids[start:], [-1])[-1]  # (1, V)
@@ -125,22 +119,19 @@ def surprise(model, ids):
 
 
 def look(model, ids, ask) -> dict:
-    """The token at a place: the likeliest and itself, (id, before, after) each, and its rank; its
-    attention (L, H, S) from start on, float32 in base64; and what each layer would have said here
-    and in the places before: ids and probabilities, (L, P) each.
-    """
+    """What the page shows of the token at a place; that may be the one after the text."""
     past, present = ids[: max(1, ask.place)], ids[: ask.place + 1]
     order, before, after = candidates(model, past, ask)
     rank = (order == ids[ask.place]).nonzero().item() if ask.place < len(ids) else None
     rows = sorted({*range(min(SHOWN, len(order))), rank or 0})
-    found = (column[rows].nan_to_num().tolist() for column in (order, before, after))
-    starts = [context_start(len(part), context_limit(model.config)) for part in (past, present)]
-    lens = logit_lens(model, past[starts[0] :], slice(-COLUMNS, None))  # (L, P, V)
+    found = (column[rows].tolist() for column in (order, before, after))
+    seen, start = (context_start(len(i), context_limit(model.config)) for i in (past, present))
+    lens = logit_lens(model, past[seen:], slice(-COLUMNS, None))  # (L, P, V)
     chance, said = lens.softmax(dim=-1).max(dim=-1)
-    weights = base64.b64encode(attention(model, present[starts[1] :], [-1]).cpu().numpy()).decode()
-    answer = {"candidates": list(zip(*found, strict=True)), "rank": rank, "start": starts[1]}
-    answer |= {"said": said.tolist(), "chance": chance.nan_to_num().tolist()}
-    return answer | {"kept": int((after > 0).sum()), "attention": weights}
+    weights = attention(model, present[start:], [-1]).cpu().numpy()  # (L, H, 1, S), float32
+    answer = {"candidates": list(zip(*found, strict=True)), "rank": rank, "start": start}
+    answer |= {"attention": base64.b64encode(weights).decode(), "kept": int((after > 0).sum())}
+    return answer | {"said": said.tolist(), "chance": chance.tolist()}
 
 
 def write(model, ids, ask, tokenizer):
@@ -157,9 +148,6 @@ def write(model, ids, ask, tokenizer):
     yield {"ids": some, "text": text + row.push(None)}
 
 
-# ---------------------------------------------------------------- the server
-
-
 def application(model, tokenizer, name, hosts):
     """The ASGI application; one thread does all the work with the model."""
     from starlette import applications, responses, routing
@@ -168,14 +156,13 @@ def application(model, tokenizer, name, hosts):
     worker, turn, places = ThreadPoolExecutor(1), asyncio.Lock(), asyncio.Semaphore(AT_ONCE)
     say = responses.PlainTextResponse
     page = Path(__file__).with_name("playground.html").read_text("utf-8")
-    policy = "default-src 'self' 'unsafe-inline' data:; base-uri 'none'; frame-ancestors 'none'"
-    page = responses.HTMLResponse(page, headers={"content-security-policy": policy})
-    facts = {"name": name, "about": describe_model(model, tokenizer)}
-    facts |= {"config": asdict(model.config), "settings": TypeAdapter(Ask).json_schema()}
+    page = responses.HTMLResponse(page, headers={"content-security-policy": POLICY})
     with torch.device("meta"):  # the shapes of an int8 model's weights are not among its own
         shapes = {name: list(p.shape) for name, p in type(model)(model.config).named_parameters()}
     spelt = [tokenizer.decode_bytes([i]).decode("latin-1") for i in range(tokenizer.vocab_size)]
-    facts |= {"shapes": shapes, "bytes": spelt, "eot": tokenizer.eot_id}
+    facts = {"name": name, "about": describe_model(model, tokenizer), "shapes": shapes}
+    facts |= {"config": asdict(model.config), "settings": TypeAdapter(Ask).json_schema()}
+    facts |= {"bytes": spelt, "eot": tokenizer.eot_id}
 
     def in_worker(function, *arguments):
         return asyncio.get_running_loop().run_in_executor(worker, function, *arguments)
@@ -183,11 +170,8 @@ def application(model, tokenizer, name, hosts):
     async def events(ids, ask):
         async with turn:  # one text at a time; looking at tokens goes on in between
             pieces = write(model, ids, ask, tokenizer)
-            try:
-                while piece := await in_worker(next, pieces, None):
-                    yield f"data: {json.dumps(piece)}\n\n"
-            finally:  # by the worker, which may be in the middle of a step
-                worker.submit(pieces.close)
+            while piece := await in_worker(next, pieces, None):
+                yield f"data: {json.dumps(piece)}\n\n"
 
     async def answer(request):
         if request.headers.get("origin", "") not in ("", f"http://{request.headers.get('host')}"):
@@ -202,7 +186,7 @@ def application(model, tokenizer, name, hosts):
         if request.url.path == "/look":
             return responses.JSONResponse(await in_worker(look, model, ids, ask))
         start = context_start(len(ids), context_limit(model.config))
-        bits = (await in_worker(surprise, model, ids)).nan_to_num().tolist()
+        bits = (await in_worker(surprise, model, ids)).tolist()
         return responses.JSONResponse({"ids": ids, "bits": bits, "start": start})
 
     async def gate(scope, receive, send):
@@ -211,14 +195,15 @@ def application(model, tokenizer, name, hosts):
         async with places:
             await app(scope, receive, send)
 
-    kinds = (ValueError, TimeoutError, torch.OutOfMemoryError)
-    refuse = {kind: lambda _, error: say(str(error) or "too slow", 400) for kind in kinds}
+    posts = [routing.Route(f"/{p}", answer, methods=["POST"]) for p in ("read", "look", "write")]
     gets = [routing.Route("/", page), routing.Route("/facts", responses.JSONResponse(facts))]
-    paths = ("/read", "/look", "/write")
     app = applications.Starlette(
-        routes=gets + [routing.Route(path, answer, methods=["POST"]) for path in paths],
+        routes=gets + posts,
         middleware=[Middleware(trustedhost.TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers=refuse,
+        exception_handlers={
+            kind: lambda request, error: say(str(error) or "too slow", 400)
+            for kind in (ValueError, TimeoutError)
+        },
         max_body_size=REQUEST_BYTES,
     )
     return gate
@@ -232,11 +217,11 @@ def main(argv=None) -> int:
     except OSError as error:
         raise ValueError(f"--port {options.port}: {error.strerror}; try --port 0") from None
     model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
-    hosts = ["*"] if options.host in ("", "0.0.0.0") else ["127.0.0.1", "localhost", options.host]
+    hosts = ["*"] if options.host == "0.0.0.0" else ["127.0.0.1", "localhost", options.host]
     if options.host not in ("127.0.0.1", "localhost"):
         warn(f"--host {options.host}: whoever reaches this machine can use the model")
     app = application(model, tokenizer, options.checkpoint or "./checkpoints", hosts)
-    address = f"http://{options.host or '127.0.0.1'}:{listener.getsockname()[1]}"
+    address = f"http://{options.host}:{listener.getsockname()[1]}"
     log_row("page", f"{address} (Ctrl-C ends it)")
     if options.open:
         webbrowser.open(address)

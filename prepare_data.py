@@ -7,38 +7,32 @@
     python prepare_data.py --dataset fineweb --name sample-10BT    # from the hub
     python prepare_data.py --adopt nanoGPT/data/openwebtext      # its .bin files
 
-A source (sources.py) gives documents, each for a split. They are cut into pieces, encoded in
-threads and appended in order to data_dir/.unfinished, where the same command resumes after a kill.
+A source (sources.py) gives documents, which are cut into pieces, encoded in threads and appended in
+order to data_dir/.unfinished. After a kill the same command goes on after the last parquet file.
 """
 
-import codecs
-import contextlib
-import hashlib
 import json
 import os
 import shutil
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 import files
 import sources
 from data import META_FORMAT, TOKEN_DTYPES, Count, Meta, TokenDataset, read_meta
 from files import writing
-from logger import command_for, log_row, print_rows, progress, run, warn
-from options import Problem, integer, number, parse_args, validate
+from logger import command_for, log_next, log_row, progress, run, stdout, warn
+from options import integer, number, parse_args, validate
 from sources import END, HUB_DATASETS, PARQUET, describe_file
 from tokenizer import KINDS, MOST_TOKENS, GPT2Tokenizer, load_tokenizer
 
-UNFINISHED = ".unfinished"  # the folder, in that of the data set, where a new one grows
-SAVE_SECONDS = 10  # of work that a kill may cost
-BPE_VOCAB_SIZE = 4096
 # what makes a data set: with the same text and these, it is the same
 SETTINGS = ("dataset", "name", "tokenizer", "vocab_size", "val_fraction", "encoding", "errors")
 # what a BPE learns from: bytes of distinct words (training takes some 100 times as much memory),
@@ -47,6 +41,7 @@ SAMPLE_WORDS, SAMPLE = 5 << 20, 1 << 27
 
 Dataset = Literal["shakespeare", "custom", *HUB_DATASETS]
 Kind = Literal[*KINDS] | str
+Name = Annotated[str, Field(min_length=1)]
 Share = number(above=0, below=1)
 
 
@@ -54,10 +49,10 @@ Share = number(above=0, below=1)
 class Options:
     # where the text comes from
     dataset: Dataset | None = None  # which text; unset: custom with --input, else shakespeare
-    input: list[str] | None = None  # .txt, .md, .jsonl (or .gz of one), .parquet, or folders
+    input: list[Name] | None = None  # .txt, .md, .jsonl (or .gz of one), .parquet, or folders
     name: str | None = None  # part of fineweb: sample-100BT, default ...; unset: sample-10BT
-    adopt: str | None = None  # the folder of nanoGPT's train.bin and val.bin, gpt2's tokens
-    encoding: str | None = None  # of text files: gb18030, big5, utf_16 ...; unset: utf-8
+    adopt: Name | None = None  # the folder of nanoGPT's train.bin and val.bin, gpt2's tokens
+    encoding: Name | None = None  # of text files: gb18030, big5, utf_16 ...; unset: utf-8
     errors: Literal["strict", "replace"] = "strict"  # what is not in it: stop, or put U+FFFD
     # what becomes of it
     tokenizer: Kind | None = None  # or a tokenizer.json; unset: gpt2; for shakespeare char
@@ -74,64 +69,46 @@ class Options:
         self.tokenizer = self.tokenizer or ("char" if self.dataset == "shakespeare" else "gpt2")
         self.name = self.name or (HUB_DATASETS[self.dataset][-1] if on_hub else None)
         self.val_fraction = self.val_fraction or (0.0005 if on_hub else 0.1)
-        if self.learns_from == "sample":
-            self.vocab_size = self.vocab_size or BPE_VOCAB_SIZE
+        if self.tokenizer == "bpe":
+            self.vocab_size = self.vocab_size or 4096
         self.data_dir = self.data_dir or self.adopt or f"./data/{self.dataset}"
         self.workers = self.workers or os.cpu_count() or 1
 
-    @property
-    def learns_from(self):
-        return KINDS[self.tokenizer].learns_from if self.tokenizer in KINDS else None
-
     def problems(self):
-        dataset, kind, name, size = self.dataset, self.tokenizer, self.name, self.vocab_size
-        custom, encoding = dataset == "custom", self.encoding
+        dataset, kind, custom = self.dataset, self.tokenizer, self.dataset == "custom"
         others = self.input or self.data_dir != self.adopt or dataset != "shakespeare"
-        named = [key for key, (*_, part) in HUB_DATASETS.items() if part]
         known = kind in KINDS or Path(kind).is_file()
         wrong = [
             (self.adopt and others, "--adopt DIR takes the data set in DIR, and no other flags"),
             (custom and not self.input, "--dataset custom needs --input FILE"),
-            ("" in [*(self.input or []), self.adopt, encoding], "'': an empty name after a flag"),
             (self.input and not custom, f"--input is not for {dataset}; use --dataset custom"),
-            (name and dataset not in named, f"--name {name}: only for {', '.join(named)}"),
+            (self.name and dataset != "fineweb", f"--name {self.name}: only for fineweb"),
             (not known, f"--tokenizer {kind}: neither {', '.join(KINDS)} nor a file"),
-            (size and kind != "bpe", f"--vocab_size {size}: only for bpe"),
-            (encoding and not custom, "--encoding is for the text files of --input"),
-            (encoding and not is_encoding(encoding), f"--encoding {encoding}: Python knows none"),
+            (self.vocab_size and kind != "bpe", f"--vocab_size {self.vocab_size}: only for bpe"),
+            (self.encoding and not custom, "--encoding is for the text files of --input"),
         ]
-        return [Problem((), message) for is_so, message in wrong if is_so]
-
-
-def is_encoding(name) -> bool:
-    with contextlib.suppress(LookupError, ValueError):
-        return "".encode(name) is not None and codecs.getincrementaldecoder(name) is not None
-    return False
+        return [message for is_so, message in wrong if is_so]
 
 
 # ---------------------------------------------------------------- tokens
 
 
-def make_tokenizer(options, given, source):
-    """The tokenizer that is asked for, trained on the text if it learns."""
-    kind, learns_from = KINDS.get(options.tokenizer), options.learns_from
-    tokenizer = kind() if kind and learns_from is None else given  # first: it may not be had
-    characters = {} if "char" in (options.tokenizer, given and given.kind) else None
+def make_tokenizer(kind, given, source, vocab_size):
+    """The given tokenizer, GPT-2's, or one of this kind that is trained on the text."""
+    if kind == "gpt2":
+        given = given or GPT2Tokenizer()  # before all other work: it may not be had
+    characters = {} if kind == "char" else None
     source.survey(characters)
-    if learns_from == "characters":
-        return kind.train(characters)
-    if learns_from == "sample":
+    if given is None and kind == "bpe":
+        log_row("vocabulary", f"learning {vocab_size:,} tokens from the text")
         sample = training_sample(text for _, text in source.texts())
-        learned = files.in_thread(kind.train, sample, options.vocab_size)
-        with progress("learning the vocabulary", None, "s") as advance:
-            while wait([learned], timeout=1).not_done:
-                advance(1)
-        return learned.result()
+        return files.in_thread(KINDS[kind].train, sample, vocab_size).result()
+    given = given or KINDS[kind].train(characters)
     for new in characters or ():
-        if new not in tokenizer.characters:
+        if new not in given.characters:
             unknown = f"U+{ord(new):04X} {new!r} is not in the vocabulary"
-            raise ValueError(f"{characters[new]}: {unknown} of {options.tokenizer}")
-    return tokenizer
+            raise ValueError(f"{characters[new]}: {unknown} of --tokenizer")
+    return given
 
 
 def training_sample(text):
@@ -147,25 +124,15 @@ def training_sample(text):
             return
 
 
-def encode(tokenizer, source, numbered):
-    """A piece's position, for each split its ids as on disk and the bytes of its text, and how many
-    U+FFFD are in it.
-    """
-    (position, piece), replaced = numbered, 0
-    dtype, eot = TOKEN_DTYPES[dtype_for(tokenizer)], tokenizer.eot_id
-    end = np.array([] if eot is None else [eot], dtype)
+def encode(tokenizer, dtype, as_encoded, piece):
+    """For each split the ids of a piece as on disk, and how many bytes its text has."""
+    end = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype)
     raw, sizes = {"train": bytearray(), "val": bytearray()}, {"train": 0, "val": 0}
-    for split, text in source.by_split(piece, tokenizer.safe_cut):
-        ids = end if text is END else tokenizer.encode_to_numpy(source.as_encoded(text))
+    for split, text in piece:
+        ids = end if text is END else tokenizer.encode_to_numpy(as_encoded(text))
         raw[split] += ids.astype(dtype).tobytes()
         sizes[split] += len((text or "").encode())
-        replaced += (text or "").count("\ufffd")
-    return position, raw, sizes, replaced
-
-
-def dtype_for(tokenizer) -> str:
-    """The smallest of TOKEN_DTYPES that holds every id."""
-    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    return raw, sizes
 
 
 # ---------------------------------------------------------------- on disk
@@ -175,13 +142,12 @@ class Progress(Meta):
     """What progress.json holds: the meta.json to be, and how far it is."""
 
     revision: str | None  # of the hub
-    position: tuple[Count, Count]  # as `pieces` counts
+    position: Count  # parts of the source that are done
 
 
-def append(folder, state, raw, sizes, position=None):
-    """Add ids, as on disk, and the bytes of the text that they stand for, to each split; what a
-    killed run has written after its last save is cut off. With a position, save: all up to there
-    is on disk.
+def append(folder, state, raw, sizes):
+    """Add ids, as on disk, and the bytes of their text to each split; what a killed run has left of
+    the part that it did not finish is cut off.
     """
     itemsize = TOKEN_DTYPES[state["dtype"]].itemsize
     for split, counts in state["splits"].items():
@@ -191,20 +157,23 @@ def append(folder, state, raw, sizes, position=None):
                 raise ValueError(f"{path} has lost what was written; delete {folder}")
             file.truncate(size)
             file.write(raw[split])
-            file.flush()
-            if position:
-                os.fsync(file.fileno())
         counts["tokens"] += len(raw[split]) // itemsize
         counts["bytes"] += sizes[split]
-    if position:
-        state["position"] = position
-        write_json(folder / "progress.json", state)
+
+
+def save_progress(folder, state):
+    """Record that one more part is done, once all of it is on disk."""
+    for path in (folder / "train.bin", folder / "val.bin"):
+        with writing(path), files.open_to_append(path) as file:
+            os.fsync(file.fileno())
+    state["position"] += 1
+    write_json(folder / "progress.json", state)
 
 
 def new_meta(tokenizer, origins, settings, splits) -> Meta:
     return {
         "format": META_FORMAT,
-        "dtype": dtype_for(tokenizer),
+        "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.hash()},
         "splits": splits,
@@ -219,7 +188,7 @@ def write_json(path, value):
 
 
 def finish_moving(folder):
-    """Move a complete data set to its place; also if a kill interrupted this before."""
+    """Move a complete data set to its place, unless there is none."""
     if os.path.lexists(folder) and (files.own_folder(folder) / "meta.json").exists():
         with writing(folder.parent):
             for stale in (folder / "progress.json", folder.parent / "meta.json"):
@@ -231,109 +200,87 @@ def finish_moving(folder):
             shutil.rmtree(folder)
 
 
-def already_there(data_dir, wanted) -> Meta | None:
-    """The meta of the data set in data_dir, None if there is none; ValueError if it was made of
-    another text or with other settings than wanted.
-    """
-    meta = read_meta(data_dir)
-    if meta is not None:
-        if found := mismatch(meta, wanted):
-            raise ValueError(f"{data_dir} holds another data set {found}")
-        TokenDataset(data_dir)  # its files are as meta.json says
-        log_row("unchanged", f"{data_dir} already holds this text, prepared like this")
-    return meta
-
-
-def unfinished(folder, wanted, overwrite) -> Progress | None:
-    """The progress of a run that was stopped, None if there is none. Progress on a different data
-    set is dropped; ValueError if that costs hours of work and overwrite is not set.
+def unfinished(folder, settings, origins, overwrite) -> Progress | None:
+    """The progress of a run that was stopped, None if there is none or it is to be overwritten by a
+    different one; otherwise that is a ValueError.
     """
     files.clean(folder, "**/*.incomplete")  # of a download that was killed
-    if not (folder / "progress.json").exists():
-        return None
     try:
         state = files.read_json(folder / "progress.json", Progress)
+    except FileNotFoundError:
+        return None
     except ValueError as error:
         raise ValueError(f"{error}; delete {folder}") from None
-    found = mismatch(state, wanted)
-    if not found:
-        log_row("resuming", f"with what is in {folder}")
-        return state
-    of_hours = any(PARQUET.search(file["name"]) for file in state["sources"])
-    if of_hours and not overwrite:
-        raise ValueError(f"{folder} holds an unfinished data set of something else {found}")
-    shutil.rmtree(folder)
-    return None
+    other = mismatch(state, settings, origins)
+    if other and not overwrite:
+        raise ValueError(f"{folder} holds an unfinished data set {other}")
+    if other:
+        shutil.rmtree(folder)
+        return None
+    log_row("resuming", f"with what is in {folder}")
+    return state
 
 
-def mismatch(there, wanted: dict) -> str:
+def mismatch(there, settings, origins) -> str:
     """How a meta or a progress differs from what is wanted, and the remedy; "" if it does not."""
-    old = there["settings"] | text_of(there["sources"])
     found = [
-        f"{name}: {old.get(name)} there, {value} asked for"
-        for name, value in wanted.items()
-        if old.get(name) != value
+        f"{name}: {there['settings'].get(name)} there, {value} asked for"
+        for name, value in settings.items()
+        if there["settings"].get(name) != value
     ]
+    digests = [file["sha256"] for file in origins]  # none are known of the hub's
+    if digests and digests != [file["sha256"] for file in there["sources"]]:
+        found.append("another text")
     remedy = "choose another --data_dir, or make it anew with prepare_data.py --overwrite"
-    return f"({'; '.join(found)}); {remedy}" if found else ""
-
-
-def text_of(origins) -> dict:
-    """What `mismatch` compares of files, which may have other names."""
-    digest = hashlib.sha256("".join(str(file["sha256"]) for file in origins).encode()).hexdigest()
-    total = sum(file["bytes"] for file in origins)
-    return {"text": f"{total:,} bytes (sha256 {digest[:12]})"} if origins else {}
+    return f"of something else ({'; '.join(found)}); {remedy}" if found else ""
 
 
 # ---------------------------------------------------------------- the whole
 
 
 def prepare(options) -> Meta:
-    """Prepare a data set, and return its meta; if it is there already, only that.
-
-    Raises ValueError for text that is empty or not UTF-8, and if data_dir holds a different data
-    set, which stays intact.
+    """Prepare a data set unless it is there already, and return its meta; ValueError for bad text,
+    and if data_dir holds a different data set, which stays intact.
     """
-    data_dir, folder = Path(options.data_dir), Path(options.data_dir, UNFINISHED)
-    given = None if options.tokenizer in KINDS else load_tokenizer(options.tokenizer)
+    data_dir, folder = Path(options.data_dir), Path(options.data_dir, ".unfinished")
     settings = {name: getattr(options, name) for name in SETTINGS}
-    if given is not None:  # gpt2 is gpt2, wherever it comes from
-        settings["tokenizer"] = "gpt2" if given.kind == "gpt2" else f"{given.kind} {given.hash()}"
+    kind, given = options.tokenizer, None
+    if kind not in KINDS:
+        given = load_tokenizer(kind)
+        kind = given.kind
+        settings["tokenizer"] = kind if kind == "gpt2" else f"{kind} {given.hash()}"
     found, on_hub = sources.find_files(options.input or []), options.dataset in HUB_DATASETS
     of_parquet = on_hub or (found and PARQUET.search(found[0][0]))
-    if of_parquet and options.encoding:
-        raise ValueError(f"--encoding {options.encoding}: is for text files; parquet is in UTF-8")
-    if of_parquet and "char" in (options.tokenizer, given and given.kind):
-        once = "parquet files are read once, too late to know all characters; use gpt2 or bpe"
-        raise ValueError(f"--tokenizer {options.tokenizer}: {once}")
+    if of_parquet and kind == "char":
+        raise ValueError(f"--tokenizer {options.tokenizer}: is for text files; use gpt2 or bpe")
     with files.lock(data_dir):
         finish_moving(folder)
         if options.dataset == "shakespeare":
             found = [sources.shakespeare(data_dir)]
         origins, revision = [describe_file(*file) for file in found], None
-        wanted = settings | text_of(origins)
-        if not options.overwrite and (meta := already_there(data_dir, wanted)):
+        if not options.overwrite and (meta := read_meta(data_dir)):
+            if other := mismatch(meta, settings, origins):
+                raise ValueError(f"{data_dir} holds a data set {other}")
+            TokenDataset(data_dir)  # its files are as meta.json says
+            log_row("unchanged", f"{data_dir} already holds this text, prepared like this")
             return meta
-        state, fetch = unfinished(folder, wanted, options.overwrite), None
+        state = unfinished(folder, settings, origins, options.overwrite)
+        fetch = [path for _, path in found].__getitem__
         if on_hub:
             listed = state and (state["revision"], state["sources"])
             revision, origins = listed or sources.list_hub_files(options.dataset, options.name)
             at = {"revision": revision, "local_dir": files.own_folder(folder / "download")}
             fetch = partial(sources.download_from_hub, options.dataset, origins, at)
-        kind = sources.ParquetFiles if of_parquet else sources.TextFiles
-        source = kind(origins, fetch or [path for _, path in found].__getitem__, options)
+        form = sources.ParquetFiles if of_parquet else sources.TextFiles
+        source = form(origins, fetch, options)
         if state:
             tokenizer = load_tokenizer(folder / "tokenizer.json")
-            said = state["sources"], state["settings"], state["splits"]
-            if state | new_meta(tokenizer, *said) != state:
-                raise ValueError(f"{folder}: its tokenizer.json is another one; delete {folder}")
-            source.survey()
         else:
-            tokenizer = make_tokenizer(options, given, source)
+            tokenizer = make_tokenizer(kind, given, source, options.vocab_size)
             tokenizer.save(folder / "tokenizer.json")
             splits = {split: {"tokens": 0, "bytes": 0, "sha256": ""} for split in ("train", "val")}
             state = new_meta(tokenizer, origins, settings, splits)
-            state |= {"revision": revision, "position": (0, 0)}
+            state |= {"revision": revision, "position": 0}
         append_all(folder, state, tokenizer, source, options.workers)
         for split, counts in state["splits"].items():
             counts["sha256"] = describe_file(split, folder / f"{split}.bin")["sha256"]
@@ -348,27 +295,26 @@ def prepare(options) -> Meta:
 
 
 def append_all(folder, state, tokenizer, source, workers):
-    """Append what is missing, recording every SAVE_SECONDS and after each part how far it is."""
-    position, saved = state["position"], -SAVE_SECONDS
-    source.done = shown = sum(file["bytes"] for file in source.files[: position[0]])
-    all_replaced = 0
+    """Append the parts that are missing, and record each when it is done."""
+    source.done = shown = sum(file["bytes"] for file in source.files[: state["position"]])
+    source.replaced = 0  # learning has read some of it
     with (
         ThreadPoolExecutor(workers) as pool,  # tiktoken and numpy let others run
         progress("encoding", source.total, source.unit, shown) as advance,
     ):
-        start = partial(pool.submit, encode, tokenizer, source)
-        work = sources.pieces(source, tokenizer.safe_cut, position)
-        for position, raw, sizes, replaced in sources.in_order(start, work, ahead=workers + 2):
-            is_due = position[1] == 0 or time.monotonic() - saved > SAVE_SECONDS
-            append(folder, state, raw, sizes, position if is_due else None)
-            saved = time.monotonic() if is_due else saved
-            advance(source.done - shown)
-            shown, all_replaced = source.done, all_replaced + replaced
-            if position[1] == 0:
-                name = source.files[position[0] - 1]["name"]
-                (folder / "download" / name).unlink(missing_ok=True)
-    if all_replaced and source.errors == "replace":
-        warn(f"{all_replaced:,} U+FFFD are in the text, in place of what is not {source.encoding}")
+        dtype = TOKEN_DTYPES[state["dtype"]]
+        start = partial(pool.submit, encode, tokenizer, dtype, source.as_encoded)
+        for part in source.parts(state["position"]):
+            work = sources.pieces(part, tokenizer.safe_cut)
+            for raw, sizes in sources.in_order(start, work, ahead=workers + 2):
+                append(folder, state, raw, sizes)
+                advance(source.done - shown)
+                shown = source.done
+            name = source.files[state["position"]]["name"]
+            save_progress(folder, state)
+            (folder / "download" / name).unlink(missing_ok=True)
+    if source.replaced and source.errors == "replace":
+        warn(f"{source.replaced:,} U+FFFD are in the text, in place of what cannot be read")
 
 
 def adopt(data_dir) -> Meta:
@@ -376,8 +322,8 @@ def adopt(data_dir) -> Meta:
     two stay as they are.
     """
     data_dir, splits = Path(data_dir), {}
-    if meta := already_there(data_dir, {}):
-        return meta
+    if read_meta(data_dir):
+        return TokenDataset(data_dir).meta
     if (data_dir / "meta.pkl").exists():  # a pickle can run code
         raise ValueError(f"{data_dir / 'meta.pkl'}: not gpt2's tokens; prepare the text itself")
     origins = [describe_file(name, data_dir / name) for name in ("train.bin", "val.bin")]
@@ -395,10 +341,7 @@ def adopt(data_dir) -> Meta:
 
 
 def prepare_file(path, tokenizer: str, data_dir) -> Meta:
-    """Prepare one text file unless it is there already, and return the meta.
-
-    tokenizer: a kind, or the path of a tokenizer.json.
-    """
+    """`prepare` for one text file; tokenizer: a kind, or the path of a tokenizer.json."""
     options = Options(input=[str(path)], tokenizer=str(tokenizer), data_dir=str(data_dir))
     validate(options)
     return prepare(options)
@@ -415,14 +358,13 @@ def show_summary(meta, data_dir):
         vocabulary += f", {a_token:.2f} bytes a token"
     first, *others = meta["sources"]
     more = f" and {len(others)} more" if others else ""
-    rows = [
-        ("done", f"{data_dir}, of {first['name']} ({first['bytes']:,} bytes){more}", "green"),
-        ("train", f"{train['tokens']:>14,} tokens", "dim"),
-        ("val", f"{val['tokens']:>14,} tokens", "dim"),
-        ("vocabulary", vocabulary, "dim"),
-    ]
-    default = Path(data_dir) == Path("data/shakespeare")
-    print_rows(rows, command_for("train.py", *([] if default else ["--data_dir", data_dir])))
+    source = f"{first['name']} ({first['bytes']:,} bytes){more}"
+    log_row("done", f"{data_dir}, of {source}", "green", stdout)
+    log_row("train", f"{train['tokens']:>14,} tokens", console=stdout)
+    log_row("val", f"{val['tokens']:>14,} tokens", console=stdout)
+    log_row("vocabulary", vocabulary, console=stdout)
+    flags = [] if Path(data_dir) == Path("data/shakespeare") else ["--data_dir", data_dir]
+    log_next(command_for("train.py", *flags), console=stdout)
 
 
 def main(argv=None) -> int:

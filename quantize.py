@@ -5,6 +5,8 @@ model = to_int8(model.float())  # load_model(..., dtype="int8") does this
 pack_linears(model, rows=8)     # a bf16 model that generates 8 texts at once
 """
 
+import itertools
+import time
 import warnings
 
 import torch
@@ -95,3 +97,37 @@ def pack_linears(model, rows=1):
         return
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         replace_linears(model, lambda layer: PackedLinear(layer, rows))
+
+
+# ---------------------------------------------------------------- threads
+
+TRIAL_EVERY = 64  # steps
+
+
+def with_best_threads(model, decode):
+    """decode (idx to logits) with all threads or half of them, whichever was faster in the first
+    steps of every TRIAL_EVERY: beside a busy program threads mostly wait for each other. Only in
+    bf16 and int8, whose kernels give the same numbers for any number of threads.
+    """
+    wte, most = model.transformer.wte, torch.get_num_threads()
+    if wte.weight.device.type != "cpu" or wte.weight.dtype not in (torch.bfloat16, torch.int8):
+        return decode
+    counts, seconds, steps = (most, max(1, most // 2)), {}, itertools.count()
+
+    def timed(idx):
+        step = next(steps) % TRIAL_EVERY
+        trial = step // 2 if step < 4 else None  # the first step after a change is slower
+        count = min(seconds, key=seconds.get) if trial is None else counts[trial]
+        try:
+            if count != most:  # setting it empties oneDNN's cache
+                torch.set_num_threads(count)
+            start = time.perf_counter()
+            logits = decode(idx)
+            if trial is not None:
+                seconds[count] = time.perf_counter() - start
+            return logits
+        finally:
+            if count != most:
+                torch.set_num_threads(most)
+
+    return timed

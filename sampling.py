@@ -7,6 +7,7 @@ Shapes: B rows (one per (prompt, sample)), T time, V vocabulary, K candidates.
 """
 
 import contextlib
+import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from config import dtype_name
 from logger import warn, world_size
 from model import KVCache, context_limit, context_start
 from options import integer, number, validate
+from quantize import with_best_threads
 from tokenizer import StreamDecoder
 from utils import derived_seed
 
@@ -188,7 +190,7 @@ def make_decoder(model, new, cache):
         return model(idx, cache=cache)[0]
 
     if not use_graph(new.device):
-        return decode
+        return with_best_threads(model, decode)
     lengths, cache.common_length = cache.lengths.clone(), None  # no shape depends on the lengths
     with torch.cuda.device(new.device):  # graphs are made on the current device
         replay = torch.cuda.make_graphed_callables(decode, (new.clone(),), num_warmup_iters=1)
@@ -226,8 +228,12 @@ class TextStream:
         return text.removesuffix(self.held)
 
 
-def stream_text(model, tokenizer, prompts, sampling, samples=None):
-    """Yield the prompts, then, token by token, the new text of each."""
+def stream_text(model, tokenizer, prompts, sampling, samples=None, times=None):
+    """Yield the prompts, then, token by token, the new text of each.
+
+    times: a list to which the moment of every new token is added.
+    """
+    times = [] if times is None else times
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     limit = context_limit(model.config)
     for length in sorted({len(row) for row in ids if context_start(len(row), limit)}):
@@ -236,6 +242,7 @@ def stream_text(model, tokenizer, prompts, sampling, samples=None):
     rows = [TextStream(tokenizer, sampling.stop) for _ in prompts]
     yield list(prompts)
     for new in generate_ids(model, ids, sampling, samples, tokenizer.eot_id):
+        times += [time.perf_counter()] * sum(token is not None for token in new)
         yield [row.push(token) for row, token in zip(rows, new, strict=True)]
         if all(row.done for row in rows):
             return
@@ -265,13 +272,13 @@ def check_prompts(tokenizer, prompts):
         raise ValueError("\n".join(found))
 
 
-def generate_texts(model, tokenizer, prompts, sampling, batch_size=16):
+def generate_texts(model, tokenizer, prompts, sampling, batch_size=16, times=None):
     """Yield each prompt with its continuation, num_samples times, in the order of the prompts."""
     check_prompts(tokenizer, prompts)
     work = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
     for start in range(0, len(work), batch_size):
         some, samples = zip(*work[start : start + batch_size], strict=True)
-        pieces = stream_text(model, tokenizer, some, sampling, samples)
+        pieces = stream_text(model, tokenizer, some, sampling, samples, times)
         yield from map("".join, zip(*pieces, strict=True))
 
 

@@ -51,7 +51,11 @@ def build_state(config: GPT2Config, device, sampler, saved=None, initial=None) -
     torch.manual_seed(config.seed)  # for initial weights
     model = GPT2(config).to(device, torch.float64 if config.dtype == "float64" else torch.float32)
     if initial is not None:
-        checkpoint.load_weights(model, crop_positions(initial, config.block_size))
+        weights = dict(initial["model"])
+        if config.position == "learned":  # a shorter block_size needs the first rows alone
+            table = "transformer.wpe.weight"
+            weights[table] = weights[table][: config.block_size]
+        checkpoint.load_weights(model, weights)
     if sharded:
         shard(model, device, config.dtype)
     optimizer = make_optimizer(model, config)
@@ -60,8 +64,7 @@ def build_state(config: GPT2Config, device, sampler, saved=None, initial=None) -
     state = TrainState(model, model, optimizer, scaler, found_inf)
     if saved is not None:
         load_full_state(model, optimizer, saved["model"], saved["optimizer"])
-        if scaler.is_enabled() and saved["scaler"]:
-            scaler.load_state_dict(scaler.state_dict() | saved["scaler"])
+        scaler.load_state_dict(scaler.state_dict() | saved["scaler"])
         if saved["rng"]:
             torch.set_rng_state(saved["rng"]["torch"])
         state.step, state.best_val_loss = saved["step"], saved["best_val_loss"]
@@ -111,10 +114,12 @@ class FoundInf:
 # ---------------------------------------------------------------- saved
 
 
-def save_state(state: TrainState, config: GPT2Config, dataset, tokenizer, names):
+def save_state(state: TrainState, config: GPT2Config, dataset, names):
     """Rank 0 writes checkpoints with these names (checkpoint.LATEST ...); every rank must call."""
     state.found_inf.read(state.step)  # raise, and do not save
     weights, optimizer_state = full_state(state.model, state.optimizer)
+    if rank() > 0:
+        return
     contents = {
         "format": checkpoint.FORMAT,
         "step": state.step,
@@ -124,24 +129,21 @@ def save_state(state: TrainState, config: GPT2Config, dataset, tokenizer, names)
         "scaler": state.scaler.state_dict(),
         "rng": {"torch": torch.get_rng_state()},
         "config": to_dict(config),
-        "tokenizer": tokenizer.to_dict(),
+        "tokenizer": dataset.tokenizer.to_dict(),
         "data_hash": dataset.hash,
         "run": state.run,
     }
     folder = Path(config.checkpoint_dir)
-    for name in names if rank() == 0 else ():
-        if name == checkpoint.LATEST:
-            checkpoint.save_latest(folder, contents)
-        elif name == checkpoint.NUMBERED:
-            checkpoint.save_numbered(folder, contents, config.keep_checkpoints)
-        else:
-            checkpoint.save(folder / name, contents)
+    for name in names:
+        previous = folder / checkpoint.PREVIOUS if name == checkpoint.LATEST else None
+        checkpoint.save(folder / name.format(state.step), contents, previous)
+    checkpoint.remove_old(folder, config.keep_checkpoints)
 
 
 def find_checkpoint(config: GPT2Config, dataset, insist: bool, rename=True) -> dict | None:
-    """The newest intact checkpoint, or None; logs which file and why. Rank 0 reads the file; other
-    ranks get the same dict without tensors. Raises CheckpointError, and ValueError, with a line for
-    each difference, if it is of a different run. rename: whether damaged ones become *.damaged.
+    """The newest intact checkpoint, or None. Rank 0 reads the file; other ranks get the same dict
+    without tensors. Raises CheckpointError, and ValueError, with a line for each difference, if it
+    is of a different run. rename: whether damaged ones become *.damaged.
     """
     found = []
 
@@ -156,31 +158,34 @@ def find_checkpoint(config: GPT2Config, dataset, insist: bool, rename=True) -> d
 def _newest(config, dataset, insist, rename):
     """What find_checkpoint does on rank 0."""
     found = checkpoint.latest(config.checkpoint_dir, rename)
-    if found is None and insist:
-        message = f"--resume: no checkpoint in {config.checkpoint_dir}; leave the flag out"
-        raise checkpoint.CheckpointError(message)
     if found is None:
+        if insist:
+            message = f"--resume: no checkpoint in {config.checkpoint_dir}; leave the flag out"
+            raise checkpoint.CheckpointError(message)
         return None
     path, saved, damaged = found
     for line in damaged:
         warn(f"passed over{' and kept as *.damaged' * rename}: {line}")
     unlike = differences(saved["config"], config, ("vocab_size", *MODEL_FIELDS, "optimizer"))
-    mine, theirs = dataset.meta["tokenizer"], saved["tokenizer"]
-    if not theirs or load_tokenizer(theirs).hash() != mine["sha256"]:
-        kinds = f"checkpoint {theirs.get('kind', 'none')}, config {mine['kind']}"
-        unlike.append(f"tokenizer: {kinds} (another vocabulary)")
+    if not has_tokenizer_of(dataset, saved):
+        kinds = saved["tokenizer"].get("kind", "none"), dataset.meta["tokenizer"]["kind"]
+        unlike.append("tokenizer: checkpoint {}, config {} (another vocabulary)".format(*kinds))
     if saved["data_hash"] != dataset.hash:
         old, new = (saved["data_hash"] or "none")[:12], dataset.hash[:12]
         unlike.append(f"data set: checkpoint {old}, config {new}")
     if unlike:
-        unlike.append(
-            f"{path} is of another run: --fresh sets it aside, --checkpoint_dir leaves it"
-        )
-        raise ValueError("\n".join(unlike))
+        remedy = f"{path} is of another run: --fresh sets it aside, --checkpoint_dir leaves it"
+        raise ValueError("\n".join([*unlike, remedy]))
     log_row("resuming", f"{path} (the newest intact checkpoint), step {saved['step']:,}")
     if changed := differences(saved["config"], config, STEP_FIELDS):
         log_row("changed", "\n".join(changed), "yellow")
     return saved
+
+
+def has_tokenizer_of(dataset, saved: dict) -> bool:
+    """Whether a checkpoint has the data set's tokenizer."""
+    theirs = saved["tokenizer"]
+    return bool(theirs) and load_tokenizer(theirs).hash() == dataset.meta["tokenizer"]["sha256"]
 
 
 # ---------------------------------------------------------------- a trained model to begin with
@@ -189,45 +194,25 @@ def _newest(config, dataset, insist, rename):
 def load_initial(spec, config, chosen=()) -> tuple[GPT2Config, dict]:
     """config with the shape of a trained model, and its checkpoint's dict for train(initial=...).
 
-    spec: what checkpoint.load_state takes. chosen: fields that the user has set; block_size may be
-    shorter than the model's, dropout anything. Raises ValueError if any other differs from it.
+    spec: what checkpoint.load_state takes. chosen: fields that the user has set. ValueError if one
+    differs from the model's; block_size may be shorter.
     """
     state, name = checkpoint.load_state(spec)
     model = checkpoint.model_config(state)
-    unlike = [
-        f"--{field} {getattr(config, field)}: the model of --init_from {name} has "
-        f"{getattr(model, field)}"
-        for field in MODEL_FIELDS
-        if field in chosen and getattr(config, field) != getattr(model, field)
-        if field != "block_size" or config.block_size > model.block_size
-    ]
-    if unlike:
-        raise ValueError("\n".join(unlike))
     shape = {field: getattr(model, field) for field in MODEL_FIELDS}
     if "block_size" in chosen:
-        shape["block_size"] = config.block_size
+        shape["block_size"] = min(config.block_size, model.block_size)
+    unlike = differences(shape, config, [field for field in MODEL_FIELDS if field in chosen])
+    if unlike:
+        raise ValueError("\n".join(f"--init_from {name}: {line}" for line in unlike))
     log_row("weights", f"{name}: {model.n_layer} layers, {model.n_embd} channels")
     return replace(config, **shape), state
 
 
 def check_vocabulary(initial, dataset):
-    """ValueError unless initial's tokenizer and vocabulary size match the data set."""
-    vocab_size = checkpoint.model_config(initial).vocab_size
-    theirs = load_tokenizer(initial["tokenizer"]) if initial["tokenizer"] else None
-    mine = dataset.meta["tokenizer"]
-    same = theirs is None or theirs.hash() == mine["sha256"]
-    if not same or vocab_size != dataset.vocab_size:
-        kind = "an unknown tokenizer" if theirs is None else theirs.kind
-        raise ValueError(
-            f"--init_from: its model knows {vocab_size:,} tokens ({kind}), {dataset.data_dir} has "
-            f"another vocabulary of {dataset.vocab_size:,} ({mine['kind']}); --data FILE prepares "
-            "a text with the model's own"
-        )
-
-
-def crop_positions(initial: dict, block_size: int) -> dict:
-    """The checkpoint's weights, with the position table cropped to block_size rows."""
-    tensors = dict(initial["model"])
-    if "transformer.wpe.weight" in tensors:
-        tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:block_size]
-    return {"model": tensors}
+    """ValueError unless initial's tokenizer, if it has one, and vocabulary are the data set's."""
+    size, tokenizer = checkpoint.model_config(initial).vocab_size, initial["tokenizer"]
+    if size != dataset.vocab_size or (tokenizer and not has_tokenizer_of(dataset, initial)):
+        model = f"its model knows {size:,} tokens ({tokenizer.get('kind', 'unknown')})"
+        other = f"{dataset.data_dir} has another vocabulary of {dataset.vocab_size:,}"
+        raise ValueError(f"--init_from: {model}, {other}; --data FILE prepares a text with its own")

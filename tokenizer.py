@@ -35,17 +35,14 @@ DOWNLOAD_SECONDS = 30  # for GPT-2's vocabulary, 1.5 MB; from tiktoken's cache i
 
 # GPT-2's rule for words (Radford 2019): contractions, letters, digits, other symbols, each with the
 # space before it, and white space. GPT-2's own last rules, \s+(?!\S)|\s, leave the last character
-# of a run of white space to the word after it; we cut the text there (_cut_runs), and a rule
-# without lookahead takes half the time.
+# of a run of white space to the next word; cutting the text there (_cut_runs) takes half the time.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+)|\s+"
 CUT = "\0"  # separates the parts of a text while it is encoded
-# whether \s matches a code point; the last entry stands for all above. Python's isspace has four
-# separators more than Unicode's White_Space.
+# whether \s matches a code point, the last entry for all above; isspace knows four separators more
 IS_SPACE = np.array([chr(c).isspace() and not 0x1C <= c <= 0x1F for c in range(0x3002)])
 
-# Where no word of WORDS can reach across, whatever comes later: before white space that follows
-# anything else, and between a letter and punctuation. Only characters on which all versions of
-# Unicode agree. The greedy .* finds the last such place.
+# The last place that no word of WORDS reaches across, whatever comes later: before white space that
+# follows anything else, or between a letter and punctuation, where all versions of Unicode agree.
 LAST_CUT = re.compile(
     r"(?s:.*)(?:(?<=\S)(?=[ \t\r\n\u3000])"
     r"|(?<=[A-Za-z\xc0-\xd6\xd8-\xf6\xf8-\xff\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3])"
@@ -62,12 +59,10 @@ SYMBOL_OF = dict(zip(BYTES, SYMBOLS, strict=True))
 
 
 class Tokenizer:
-    """What all kinds share. A kind has `kind`, `vocab_size`, `_bytes` (of each id), `to_dict` (with
-    "format" and "kind"), `from_dict`, `encode_to_numpy`, and `train` if it learns from the text.
+    """A kind has `kind`, `vocab_size`, `_bytes` (of each id), `to_dict` (with "format" and "kind"),
+    `from_dict`, `encode_to_numpy`, and `train` if it learns from the text.
     """
 
-    kind = ""
-    learns_from = None  # what `train` is given: all "characters", or a "sample" and a vocab_size
     eot_id = None  # the id that ends a document
 
     def encode(self, text: str) -> list[int]:
@@ -79,10 +74,9 @@ class Tokenizer:
 
     def decode_bytes(self, ids) -> bytes:
         ids = [int(i) for i in ids]
-        for position, i in enumerate(ids):
+        for n, i in enumerate(ids):
             if not 0 <= i < self.vocab_size:
-                where = f"token id {i} at position {position}"
-                raise ValueError(f"{where} is not below {self.vocab_size:,}")
+                raise ValueError(f"token id {i} at position {n} is not below {self.vocab_size:,}")
         return b"".join([self._bytes[i] for i in ids])
 
     def safe_cut(self, text: str) -> int:
@@ -93,30 +87,28 @@ class Tokenizer:
 
     def save(self, path):
         with atomic_write(path) as file:
-            file.write(self._canonical_json())
+            file.write(self.to_json())
 
     def hash(self) -> str:
-        """sha256 of what save writes."""
-        return hashlib.sha256(self._canonical_json()).hexdigest()
+        return hashlib.sha256(self.to_json()).hexdigest()
 
-    def _canonical_json(self) -> bytes:
+    def to_json(self) -> bytes:
         """The same bytes for the same tokenizer, on every machine."""
         text = json.dumps(self.to_dict(), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         return text.encode()
 
 
+Character = Annotated[str, Field(min_length=1, max_length=1)]
+
+
 class CharFields(TypedDict):
-    characters: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=1)]],
-        Field(max_length=sys.maxunicode + 1),
-    ]
+    characters: Annotated[list[Character], Field(max_length=sys.maxunicode + 1)]
 
 
 class CharTokenizer(Tokenizer):
     """Every character of the vocabulary is a token; ids are in the order of the code points."""
 
     kind = "char"
-    learns_from = "characters"
 
     def __init__(self, characters: list[str]):
         self.characters = characters
@@ -136,11 +128,9 @@ class CharTokenizer(Tokenizer):
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         ids = self._id_of[np.minimum(codes, len(self._id_of) - 1)]
         if ids.min(initial=0) < 0:
-            position = int(np.argmax(ids < 0))
-            raise ValueError(
-                f"character U+{codes[position]:04X} {text[position]!r} at position {position} "
-                f"is not in the vocabulary ({self.vocab_size} characters)"
-            )
+            i = int(np.argmax(ids < 0))
+            where = f"character U+{codes[i]:04X} {text[i]!r} at position {i}"
+            raise ValueError(f"{where} is not in the vocabulary ({self.vocab_size} characters)")
         return ids.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def to_dict(self) -> dict:
@@ -166,15 +156,12 @@ class BPEFields(TypedDict):
 class BPETokenizer(Tokenizer):
     """Byte-level BPE: 256 bytes, then the merges in the order they were learned, then end of text.
 
-    `tokens` are spelt in SYMBOLS and in the order of their ids. Text is never refused: what looks
-    like <|endoftext|> in it is encoded as plain text, and half a surrogate pair as U+FFFD.
-
-    A vocabulary from elsewhere may have other special tokens, at any ids: `special` is text -> id,
-    `eot` the text of the one that ends a document. `tokens` then fill the other ids, in order.
+    `tokens` are spelt in SYMBOLS, in the order of their ids. <|endoftext|> in a text is plain text,
+    half a surrogate pair becomes U+FFFD. A vocabulary from elsewhere may have other special tokens,
+    at any ids: `special` is text -> id, `eot` the text that ends a document.
     """
 
     kind = "bpe"
-    learns_from = "sample"
 
     def __init__(self, tokens: list[str], special: dict[str, int] | None = None, eot=END_OF_TEXT):
         self.tokens = tokens
@@ -189,9 +176,9 @@ class BPETokenizer(Tokenizer):
         ranks = {bytes([BYTE_OF[symbol] for symbol in t]): i for t, i in self.id_of.items()}
         names = {text.encode(): i for text, i in self.special.items()}
         self._bytes = {i: raw for raw, i in [*ranks.items(), *names.items()]}
-        special = {CUT: self.vocab_size}
+        cut = {CUT: self.vocab_size}
         self._encoding = tiktoken.Encoding(
-            self.kind, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special
+            self.kind, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=cut
         )
 
     @classmethod
@@ -201,8 +188,6 @@ class BPETokenizer(Tokenizer):
         """
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # only for this
 
-        if vocab_size < 257:
-            raise ValueError(f"--vocab_size {vocab_size}: must be at least 257, all bytes and one")
         learner = Tokenizer(models.BPE())
         # a "word" of a megabyte (a DNA sequence, a page of Chinese) would take hours to merge
         learner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -217,10 +202,7 @@ class BPETokenizer(Tokenizer):
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Ids of text, uint32; releases the GIL."""
         encode = functools.partial(self._encoding.encode_to_numpy, disallowed_special=())
-        try:
-            parts = _cut_runs(text)
-        except UnicodeEncodeError:
-            parts = _cut_runs(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        parts = _cut_runs(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         if CUT in text:
             return np.concatenate([encode(part) for part in parts])
         ids = encode(CUT.join(parts), allowed_special={CUT})
@@ -259,8 +241,7 @@ class BPETokenizer(Tokenizer):
             raise ValueError(f"'tokens' has more than {MOST_TOKENS:,}")
         tokens, symbols = fields["tokens"].split(" "), set(SYMBOLS)
         if sum(len(token) ** 2 for token in tokens) > MOST_MERGING:
-            longest = max(map(len, tokens))
-            raise ValueError(f"'tokens' are too long to merge, up to {longest:,} bytes")
+            raise ValueError(f"'tokens' are too long, up to {max(map(len, tokens)):,} bytes")
         distinct = set(tokens) - {""}
         if len(distinct) < len(tokens) or not distinct >= symbols == set("".join(tokens)):
             raise ValueError("'tokens' must be distinct, in GPT-2's 256 symbols, with each of them")
@@ -273,7 +254,6 @@ class GPT2Tokenizer(BPETokenizer):
     """GPT-2's own vocabulary of 50,257: from tiktoken, or from one that was saved."""
 
     kind = "gpt2"
-    learns_from = None
 
     def __init__(self, tokens: list[str] | None = None):
         tokens = _gpt2_tokens() if tokens is None else tokens
@@ -292,9 +272,8 @@ class Header(TypedDict):
 
 
 def load_tokenizer(source) -> Tokenizer:
-    """The tokenizer of a file that save wrote, or of a dict from to_dict.
-
-    Raises ValueError naming the file where its content is anything else.
+    """The tokenizer of a file that save wrote, or of a dict from to_dict; ValueError naming the
+    file where its content is anything else.
     """
     is_dict = isinstance(source, dict)
     content = source if is_dict else read_bytes(source, MOST_BYTES)
@@ -307,10 +286,7 @@ def load_tokenizer(source) -> Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids one by one; what push and flush return adds up to decode of all ids.
-
-    A character whose bytes are spread over several tokens comes out with the last of them.
-    """
+    """Decodes ids one by one; what push and flush return adds up to decode of all ids."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -338,15 +314,11 @@ def _cut_runs(text) -> list[str]:
 
 
 def _gpt2_tokens() -> list[str]:
-    """GPT-2's tokens from tiktoken, which downloads them once, and would wait forever for a network
-    that does not answer.
-    """
+    """GPT-2's tokens from tiktoken, which downloads them once, and would wait forever."""
     try:
         encoding = in_thread(tiktoken.get_encoding, "gpt2").result(DOWNLOAD_SECONDS)
     except (OSError, ValueError, TimeoutError):
-        raise ValueError(
-            "GPT-2's vocabulary cannot be downloaded; set TIKTOKEN_CACHE_DIR to a folder where "
-            "tiktoken has it, or use --tokenizer bpe"
-        ) from None
+        cache = "set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it, or use --tokenizer bpe"
+        raise ValueError(f"GPT-2's vocabulary cannot be downloaded; {cache}") from None
     tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
     return ["".join([SYMBOL_OF[byte] for byte in token]) for token in tokens]

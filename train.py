@@ -13,8 +13,12 @@ The defaults below are GPT-2 124M's; where you set nothing, the preset (auto) fi
 Every field of GPT2Config is a flag. From Python: `from train import train; train(GPT2Config())`.
 """
 
+import os
+
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:  # before torch is loaded
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # waiting threads soon let other programs run
+
 import contextlib
-import difflib
 import math
 import signal
 import subprocess
@@ -36,12 +40,12 @@ from logger import (
     RunLog,
     check_place,
     command_for,
+    from_here,
     human_time,
     log_next,
     log_row,
     open_run,
     perplexity,
-    program,
     quoted,
     rank,
     run,
@@ -65,7 +69,7 @@ from utils import (
     autocast,
     derived_seed,
     deterministic,
-    is_out_of_memory,
+    out_of_memory,
     peak_flops,
     peak_mb,
     pick_device,
@@ -80,12 +84,6 @@ class Interrupted(Exception):
     def __init__(self, signum, message):
         super().__init__(message)
         self.exit_code = 128 + signum
-
-
-class OutOfMemoryError(ValueError):
-    """The device is too small; other ranks may not hit it, so each prints its own error."""
-
-    rank_local = True
 
 
 # ---------------------------------------------------------------- the training loop
@@ -132,14 +130,14 @@ def train(
         if eval_only:
             val_loss = estimate_loss(state.forward, dataset.val, config, device)
             return {"step": state.step, "val_loss": val_loss}
-        tokenizer, folders = dataset.tokenizer, (config.log_dir, config.checkpoint_dir)
+        folders = config.log_dir, config.checkpoint_dir
         run_log = open_run(*folders, state.run, state.step, run_name)
         state.run, records = broadcast_from_rank0(lambda: stack.enter_context(run_log))
         if fresh:
             broadcast_from_rank0(lambda: checkpoint.set_aside(config.checkpoint_dir))
         log = RunLog(Path(config.log_dir) / state.run, records, state.step, config.max_iters)
         if state.step == 0:
-            save_state(state, given, dataset, tokenizer, [checkpoint.LATEST])
+            save_state(state, given, dataset, [checkpoint.LATEST])
         if state.step >= config.max_iters or out_of_patience(log, config):
             return report(state, config, log)
         stack.enter_context(contextlib.closing(log))
@@ -197,7 +195,7 @@ def train(
                     val_loss = estimate_loss(state.forward, dataset.val, config, device)
                     record["val_loss"] = val_loss
                     with autocast(device, config.dtype), deterministic(False):  # cumsum
-                        sample = sample_text(model, tokenizer, "", 200, seed=config.seed)
+                        sample = sample_text(model, dataset.tokenizer, "", 200, seed=config.seed)
                     best = math.inf if state.best_val_loss is None else state.best_val_loss
                     if val_loss < best:  # false for NaN
                         state.best_val_loss = val_loss
@@ -214,7 +212,7 @@ def train(
                 due.append(checkpoint.FINAL)
             if due or evaluate or signum is not None:
                 paused = time.perf_counter()
-                save_state(state, given, dataset, tokenizer, [*due, checkpoint.LATEST])
+                save_state(state, given, dataset, [*due, checkpoint.LATEST])
                 since += time.perf_counter() - paused
 
             # stop
@@ -229,10 +227,8 @@ def train(
 
 @torch.no_grad()
 def estimate_loss(model, tokens, config, device) -> float:
-    """Mean loss in nats a token over fixed windows that cover a split evenly.
-
-    Ranks share the batches. Each batch holds the same windows for any number of ranks, so its loss
-    does not depend on it. No random numbers are drawn, and the device is synchronized only once.
+    """Mean loss in nats a token over fixed windows that cover a split evenly. Ranks share the
+    batches; the windows of each are the same for any number of ranks.
     """
     B, T = config.batch_size, config.block_size
     starts = validation_starts(tokens, T, config.eval_iters * B)
@@ -257,10 +253,8 @@ def check_first_loss(loss, config):
     """Warn if the first loss is well above ln(vocab_size), an untrained model's loss."""
     expected = math.log(config.vocab_size)
     if loss > expected + 0.5:
-        warn(
-            f"the first loss is {loss:.3f}, an untrained model's is near "
-            f"ln({config.vocab_size}) = {expected:.3f}; is the data what it should be?"
-        )
+        untrained = f"an untrained model's is near ln({config.vocab_size}) = {expected:.3f}"
+        warn(f"the first loss is {loss:.3f}, {untrained}; is the data what it should be?")
 
 
 def out_of_patience(log, config) -> bool:
@@ -290,8 +284,7 @@ def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device,
     device, why = pick_device(config.device)
     dataset = TokenDataset(config.data_dir)
     dataset.require(config.block_size)
-    assert dataset.tokenizer.vocab_size == dataset.vocab_size  # or it raises ValueError
-    given = replace(config, vocab_size=dataset.vocab_size)
+    given = replace(config, vocab_size=dataset.tokenizer.vocab_size)
     compiled = device.type == "cuda" if config.compile is None else config.compile
     dtype = config.dtype or pick_dtype(device)
     config = settings.derived(replace(given, device=str(device), dtype=dtype, compile=compiled))
@@ -310,14 +303,13 @@ def describe_run(state, config, dataset, device):
     log_row("device", f"{device}, {config.dtype}{compiled}{shared}")
     size = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels"
     log_row("model", f"{state.model.num_params():,} parameters: {size}")
-    kind = f"{dataset.meta['tokenizer']['kind']}, a vocabulary of {config.vocab_size:,}"
-    train_tokens = len(dataset.train)
-    splits = f"{train_tokens:,} tokens to train on, {len(dataset.val):,} to validate with"
+    kind = f"{dataset.tokenizer.kind}, a vocabulary of {config.vocab_size:,}"
+    splits = f"{len(dataset.train):,} tokens to train on, {len(dataset.val):,} to validate with"
     log_row("data", f"{config.data_dir} ({kind})\n{splits}")
     sequences = config.batch_size * config.gradient_accumulation_steps
     tokens = sequences * config.block_size
-    epochs = config.max_iters * tokens / train_tokens
     step = f"{sequences:,} x {config.block_size:,} = {tokens:,} tokens"
+    epochs = config.max_iters * tokens / len(dataset.train)
     log_row("training", f"{config.max_iters:,} steps of {step} ({epochs:.1f} epochs)")
     rates = f"{config.learning_rate:g} to {config.min_lr:g} ({config.lr_schedule})"
     log_row("optimizer", f"{config.optimizer}, learning rate {rates}")
@@ -329,22 +321,23 @@ def report(state, config, log) -> dict:
     if state.step > log.first_step:
         log_row("done", f"{state.step:,} steps in {human_time(last['seconds'])}", "green")
     else:
-        of, more = config.max_iters, max(100, 2 * state.step)
-        longer = f"--max_iters {more}" if state.step >= of else "--patience none"
-        over = f"this run is over, at step {state.step:,} of {of:,}"
+        more = f"--max_iters {max(100, 2 * state.step)}"
+        longer = more if state.step >= config.max_iters else "--patience none"
+        over = f"this run is over, at step {state.step:,} of {config.max_iters:,}"
         go_on = f"{longer} trains it for longer, --fresh starts a new one"
         log_row("finished", f"{over}\n{go_on}", "green")
     loss = state.best_val_loss
-    path = Path(config.checkpoint_dir) / (checkpoint.LATEST if loss is None else checkpoint.BEST)
     if loss is not None:
         log_row("best", f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+    path = Path(config.checkpoint_dir) / (checkpoint.LATEST if loss is None else checkpoint.BEST)
     log_row("checkpoint", str(path))
     log_row("curves", str(log.folder))
-    is_default = Path(config.checkpoint_dir) == Path(GPT2Config().checkpoint_dir)
+    is_default = path.parent == Path(GPT2Config().checkpoint_dir)
     which = [] if is_default else ["--checkpoint", path]
+    tensorboard = from_here(Path(sys.executable).with_name("tensorboard"))
     log_next(
         command_for("generate.py", *which, "--interactive"),
-        quoted(program("tensorboard"), "--logdir", Path(config.log_dir)),
+        quoted(tensorboard, "--logdir", Path(config.log_dir)),
     )
     return last
 
@@ -372,15 +365,9 @@ class TrainOptions:
 
     def problems(self):
         if self.resume and self.fresh:
-            yield Problem(("resume", "fresh"), "--fresh: not with --resume")
-        if self.run_name and self.eval_only:
-            yield Problem(("run_name",), "--run_name: not with --eval_only, which logs nothing")
-        if self.init_from == "resume":  # as in nanoGPT
-            message = "--init_from resume: a run goes on by itself; --resume insists on that"
-            yield Problem(("init_from",), message)
+            yield "--fresh: not with --resume"
         if self.tokenizer and not self.data:
-            message = "--tokenizer: only with --data FILE; a prepared data set has its own"
-            yield Problem(("tokenizer",), message)
+            yield "--tokenizer: only with --data FILE; a prepared data set has its own"
 
 
 def main(argv=None) -> int:
@@ -396,72 +383,58 @@ def main(argv=None) -> int:
     if "vocab_size" in chosen and config.vocab_size != dataset.vocab_size:
         given = f"--vocab_size {config.vocab_size}: {config.data_dir} has {dataset.vocab_size:,}"
         raise ValueError(f"{given}; leave it out, the model pads by itself what is faster padded")
-    config = with_preset(config, chosen, initial)
+    config = with_preset(config, chosen, dataset, initial)
     if options.prompt is not None:  # fail now, not at the end of the run
         check_prompts(dataset.tokenizer, [options.prompt])
-    initial, name = [initial], options.run_name  # popped by the call: no reference outlives it
+    initial = [initial]  # popped by the call: no reference outlives it
+    remedy = (
+        f"halve --batch_size (now {config.batch_size}) and double --gradient_accumulation_steps "
+        f"(now {config.gradient_accumulation_steps}) for the same result, or make the model smaller"
+    )
     try:
-        last = train(config, options.resume, options.fresh, initial.pop(), options.eval_only, name)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(
-            f"out of memory: halve --batch_size (now {config.batch_size}) and double "
-            f"--gradient_accumulation_steps (now {config.gradient_accumulation_steps}), for the "
-            "same result; or take a shorter --block_size or a smaller model"
-        ) from error
+        with out_of_memory(remedy):
+            how = {"eval_only": options.eval_only, "run_name": options.run_name}
+            last = train(config, options.resume, options.fresh, initial.pop(), **how)
     except Interrupted as stopped:
         log_row("stopped", str(stopped), "yellow")
-        if world_size() > 1:
-            log_row("next", "the same torchrun command, without --fresh, goes on from there")
-        else:
-            argv = sys.argv[1:] if argv is None else argv
-            words = (word for word in argv if not word.startswith("--fresh"))
-            log_next(command_for("train.py", *words))
+        log_row("next", "the same command, without --fresh, goes on from there")
         return stopped.exit_code
-    if options.eval_only and rank() == 0:
+    if rank() > 0:
+        return 0
+    if options.eval_only:
         loss = last["val_loss"]
         print(f"step {last['step']}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-    elif options.prompt is not None and rank() == 0:
-        folder = Path(config.checkpoint_dir)
-        name = checkpoint.BEST if (folder / checkpoint.BEST).exists() else checkpoint.LATEST
-        model, tokenizer = checkpoint.load_model(str(folder / name), config.device)
+    elif options.prompt is not None:
+        paths = [Path(config.checkpoint_dir) / n for n in (checkpoint.BEST, checkpoint.LATEST)]
+        path = next(path for path in paths if path.exists())
+        model, tokenizer = checkpoint.load_model(path, config.device)
         print(sample_text(model, tokenizer, options.prompt, options.max_new_tokens))
     return 0
 
 
 def parse_command_line(argv) -> tuple[TrainOptions, GPT2Config, set[str]]:
     """The script's own options, the config, and the names of the fields that the user has set.
-
-    Raises ValueError with a line for every problem at once. Conflicts that a preset or an initial
-    model may resolve are left to train().
+    ValueError for every problem at once, but for those that a preset or an initial model may solve.
     """
-    (options, config), given, found = parse(argv, __doc__, TrainOptions, GPT2Config, usage=USAGE)
+    usage = "train.py [--preset NAME] [--data_dir DIR | --data FILE] [any flag below]"
+    (options, config), given, found = parse(argv, __doc__, TrainOptions, GPT2Config, usage=usage)
     names = {field.name for field in fields(GPT2Config)}
     chosen = settings.edited_fields() | (given & names)
     if options.config is not None:
         values = read_json(options.config)
-        for name in sorted(set(values) - names):
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            found.append(Problem((), f"--config {options.config}: unknown setting {name}{hint}"))
+        unknown = [f"unknown setting {name}" for name in sorted(values.keys() - names)]
+        found += [Problem((), f"--config {options.config}: {problem}") for problem in unknown]
         config = replace(config, **{n: v for n, v in values.items() if n in names - given})
-        chosen |= set(values) & names - {"vocab_size"}  # a run writes that of its data set
+        chosen |= values.keys() & names - {"vocab_size"}  # a run writes that of its data set
     is_final = config.preset == "none"
     found += [p for p in problems(config) if is_final or set(p.fields) <= chosen]
-    found += problems(options)
-    if found:
-        raise ValueError("\n".join(dict.fromkeys(problem.message for problem in found)))
+    validate(options, found)
     return options, config, chosen
 
 
-USAGE = "train.py [--preset NAME] [--data_dir DIR | --data FILE] [any flag below]"
-
-
 def prepare_text(options, data_dir, initial) -> str:
-    """Prepare --data in data_dir, or in a folder named after it; return the folder.
-
-    The tokenizer is --tokenizer, else that of the initial model, else gpt2's.
+    """Prepare --data in data_dir, or in a folder named after it; return the folder. The tokenizer
+    is --tokenizer, else that of the initial model, else gpt2's.
     """
     if world_size() > 1:
         first = f"first `python prepare_data.py --input {options.data}`, then --data_dir"
@@ -469,9 +442,8 @@ def prepare_text(options, data_dir, initial) -> str:
     kind = tokenizer = options.tokenizer or "gpt2"
     with tempfile.TemporaryDirectory() as aside:
         if initial is not None and initial["tokenizer"] and options.tokenizer is None:
-            kind, tokenizer = initial["tokenizer"]["kind"], Path(aside) / "tokenizer.json"
+            kind, tokenizer = f"{initial['tokenizer']['kind']}-as-given", f"{aside}/tokenizer.json"
             load_tokenizer(initial["tokenizer"]).save(tokenizer)
-            kind = kind if kind == "gpt2" else f"{kind}-as-given"
         data_dir = data_dir or f"./data/{Path(options.data).stem}-{kind}"
         script = Path(__file__).with_name("prepare_data.py")
         command = [sys.executable, script, f"--input={options.data}", f"--tokenizer={tokenizer}"]
@@ -481,27 +453,20 @@ def prepare_text(options, data_dir, initial) -> str:
     return data_dir
 
 
-def with_preset(config, chosen, initial=None) -> GPT2Config:
-    """config with preset values for all fields not in `chosen`.
-
-    With initial weights, auto means the finetune preset, and the model's shape is kept.
+def with_preset(config, chosen, dataset, initial=None) -> GPT2Config:
+    """config with preset values for all fields not in `chosen`. With initial weights, auto means
+    the finetune preset, and the model's shape is kept.
     """
-    if config.preset == "none":
-        return config
-    shape = set(MODEL_FIELDS) if initial is not None else set()
-    if config.preset != "auto":
-        return settings.apply_preset(config, GPT2_CONFIGS[config.preset], chosen | shape)
-    dataset = TokenDataset(config.data_dir)
-    kind = pick_device(config.device)[0].type
-    text = kind, len(dataset.train), len(dataset.val), dataset.vocab_size
-    if initial is None:
-        name, values = settings.auto_preset(*text, world_size())
-    else:
-        name, shape = "finetune", shape - {"block_size"}
-        values = settings.finetune_preset(*text, config.block_size, world_size())
-    if set(values) - chosen:
+    keep = chosen if initial is None else chosen | set(MODEL_FIELDS)
+    values = GPT2_CONFIGS.get(config.preset, {})  # none is {}
+    if config.preset == "auto":
+        kind = pick_device(config.device)[0].type
+        text = kind, len(dataset.train), len(dataset.val), dataset.vocab_size
+        trained = None if initial is None else config.block_size
+        name, values = settings.auto_preset(*text, world_size(), trained)
+        keep = keep - ({"block_size"} - chosen)  # which auto fits to the text
         log_row("preset", f"{name}, for {kind} and {text[1]:,} tokens (--preset overrides)")
-    return settings.apply_preset(config, values, chosen | shape)
+    return settings.apply_preset(config, values, keep)
 
 
 if __name__ == "__main__":

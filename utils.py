@@ -27,39 +27,31 @@ PEAK_FLOPS = {
 }
 
 
-# ---------------------------------------------------------------- device and precision
-
-
 def pick_device(name: str | None = None) -> tuple[torch.device, str]:
-    """The device to use and why; ValueError if the requested one is not available.
-
-    On CUDA each process of a machine has its own device.
+    """The device to use and why; ValueError if the requested one is not available. On CUDA each
+    process of a machine has its own.
     """
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    why = "as asked"
-    if name is None:
-        name = next(kind for kind, is_there in there.items() if is_there)
-        threads = torch.get_num_threads()
-        no_gpu = f"no GPU found, {threads} thread{'s' * (threads != 1)}"
-        why = {"cuda": "", "mps": "Apple GPU", "cpu": no_gpu}[name]
+    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
     try:
-        device = torch.device(name)
+        device = torch.device(there[0] if name is None else name)
     except RuntimeError:
         raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, mps or cpu") from None
-    if not there.get(device.type):
+    if device.type not in there:
         raise ValueError(f"--device {name}: this machine or this torch has none; try --device cpu")
-    if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {device}: this machine shows {torch.cuda.device_count()} GPUs, the first is "
-            "cuda:0; each of its processes takes one"
-        )
-    return device, why or torch.cuda.get_device_name(device)
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        device, count = torch.device("cuda", index), torch.cuda.device_count()
+        if index >= count:
+            raise ValueError(
+                f"--device {device}: there are {count} GPUs, one a process, from cuda:0"
+            )
+    if name is not None:
+        return device, "as asked"
+    threads = torch.get_num_threads()
+    why = f"no GPU found, {threads} thread{'s' * (threads != 1)}"
+    if device.type != "cpu":
+        why = "Apple GPU" if device.type == "mps" else torch.cuda.get_device_name(device)
+    return device, why
 
 
 def pick_dtype(device: torch.device) -> str:
@@ -99,8 +91,8 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def peak_mb(device: torch.device) -> float | None:
-    """The most memory that this process has held so far, in MB: tensors on a CUDA device, all that
-    was resident elsewhere. None if the system does not tell.
+    """The most memory that this process has held, in MB: tensors on a CUDA device, all that was
+    resident elsewhere. None if the system does not tell.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
@@ -113,11 +105,10 @@ def peak_mb(device: torch.device) -> float | None:
 
 
 def set_up_device(device: torch.device, thrifty: bool = False):
-    """On CUDA: TF32 for the float32 products that autocast leaves; no cuDNN attention, which makes
-    a plan for each new length. On a CPU: let glibc's malloc keep what large tensors free instead of
-    giving it back to the system, which would map and clear it again in each step: a third of the
-    time of training GPT-2 124M. It costs memory; if thrifty, a tensor of 1 MB or more has its own
-    mapping, which goes when it does.
+    """On CUDA: TF32 for the float32 products that autocast leaves; no cuDNN attention, which plans
+    for each new length. On a CPU: glibc's malloc keeps what large tensors free, instead of mapping
+    and clearing it again in each step, a third of the time of training GPT-2 124M; if thrifty, a
+    tensor of 1 MB or more has a mapping of its own, which goes when it does.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -137,9 +128,7 @@ def set_up_device(device: torch.device, thrifty: bool = False):
 
 @contextlib.contextmanager
 def deterministic(on: bool = True):
-    """Whether kernels must give the same numbers in every run; operators that have no such kernel
-    raise RuntimeError.
-    """
+    """Whether kernels must give the same numbers in every run; RuntimeError where there is none."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
     torch.use_deterministic_algorithms(on)
@@ -149,10 +138,20 @@ def deterministic(on: bool = True):
         torch.use_deterministic_algorithms(before)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA and numpy have exceptions for it; cuBLAS, a CPU's allocator and Apple's only say so."""
-    said = re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error)) is not None
-    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+@contextlib.contextmanager
+def out_of_memory(remedy: str):
+    """Running out of memory in here is a ValueError that ends with the remedy. CUDA and numpy have
+    exceptions for it; cuBLAS, a CPU's allocator and Apple's only say so.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error))
+        if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            problem = ValueError(f"out of memory: {remedy}")
+            problem.rank_local = True  # other ranks may not hit it, so each prints its own
+            raise problem from error
+        raise
 
 
 def derived_seed(*numbers: int) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / "docs"))  # the scripts that bench.py starts
+sys.path.append(str(ROOT / "docs"))  # the works of bench.py
 # One thread for this process and its children: tiny models run fastest so, workers share the cores,
 # and OpenMP's threads do not survive a fork.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -66,9 +66,9 @@ def in_processes(count, function, *arguments):
         port = free.getsockname()[1]
 
     def member(rank):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"TORCHELASTIC_RUN_ID": "none"}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         return function(*arguments)
 
     pids = [fork(member, rank) for rank in range(count)]
@@ -82,18 +82,17 @@ def fork(function, *arguments):
 
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            signal.alarm(120)
-            code = function(*arguments)
-        except BaseException:  # the child must never return into pytest
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code if isinstance(code, int) else 0)
-    return pid
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        signal.alarm(120)
+        code = function(*arguments)
+    except BaseException:  # the child must never return into pytest
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0)
 
 
 @contextlib.contextmanager
@@ -168,21 +167,9 @@ def short_samples():
 @pytest.fixture
 def tiny_config(tmp_path, char_data, short_samples):
     """A run of a few seconds: 2 layers of 32 channels, everything under tmp_path."""
-    return GPT2Config(
-        block_size=16,
-        n_layer=2,
-        n_head=2,
-        n_embd=32,
-        data_dir=str(char_data),
-        batch_size=4,
-        gradient_accumulation_steps=2,
-        max_iters=20,
-        learning_rate=1e-3,
-        eval_interval=10,
-        eval_iters=4,
-        log_interval=1,
-        device="cpu",
-        dtype="float32",
-        checkpoint_dir=str(tmp_path / "checkpoints"),
-        log_dir=str(tmp_path / "runs"),
-    )
+    shape = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 4}
+    steps = {"gradient_accumulation_steps": 2, "max_iters": 20, "learning_rate": 1e-3}
+    often = {"eval_interval": 10, "eval_iters": 4, "log_interval": 1}
+    places = {"checkpoint_dir": str(tmp_path / "checkpoints"), "log_dir": str(tmp_path / "runs")}
+    places |= {"data_dir": str(char_data), "device": "cpu", "dtype": "float32"}
+    return GPT2Config(**shape, **steps, **often, **places)

@@ -1,7 +1,5 @@
 """Checkpoints are complete or absent, damage is found, and no file can run code."""
 
-import contextlib
-import errno
 import io
 import os
 import pickle
@@ -14,7 +12,7 @@ import torch
 from conftest import in_child, same
 
 import checkpoint
-from checkpoint import CheckpointError, latest, load, save, save_latest, save_numbered
+from checkpoint import CheckpointError, latest, load, save
 from config import GPT2Config
 from files import WriteError
 from model import GPT2
@@ -43,6 +41,10 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def save_latest(folder, state):
+    save(folder / "checkpoint.pt", state, previous=folder / "previous_checkpoint.pt")
+
+
 @pytest.fixture
 def two(tmp_path):
     """The path of the latest of two checkpoints, of steps 1 and 2."""
@@ -51,64 +53,27 @@ def two(tmp_path):
     return tmp_path / "checkpoint.pt"
 
 
-def test_checkpoint_reads_back_what_was_saved(tmp_path):
-    state = make_state()
-    save(tmp_path / "checkpoint.pt", state)
-    assert same(load(tmp_path / "checkpoint.pt"), state)
-    assert same(torch.load(tmp_path / "checkpoint.pt", weights_only=True), state)
-    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+def test_checkpoint_reads_back_what_was_saved_and_the_one_before_stays(two):
+    state = make_state(3)
+    save_latest(two.parent, state)
+    assert same(load(two), state) and same(torch.load(two, weights_only=True), state)
+    assert same(load(two.parent / "previous_checkpoint.pt"), make_state(2))
+    assert len(os.listdir(two.parent)) == 2
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_latest_keeps_the_one_before(tmp_path, monkeypatch, links):
-    if not links:  # not every file system has them
-        monkeypatch.setattr(os, "link", lambda *paths: os.stat("/none"))
-    for step in (1, 2, 3):
-        save_latest(tmp_path, make_state(step))
-    assert load(tmp_path / "checkpoint.pt")["step"] == 3
-    assert load(tmp_path / "previous_checkpoint.pt")["step"] == 2
-    assert len(os.listdir(tmp_path)) == 2
-
-
-def test_only_the_newest_numbered_checkpoints_are_kept(tmp_path):
-    for step in (5, 100, 20, 30):
-        save_numbered(tmp_path, make_state(step), keep=2)
-    assert set(os.listdir(tmp_path)) == {"checkpoint_iter_30.pt", "checkpoint_iter_100.pt"}
-
-
-def test_atomic_save_on_a_full_disk_leaves_all_as_it_was(two, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    before = contents(two.parent)
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        WriteError, match=r"write .*checkpoint\.pt: No space.* are free.* needs .* MB"
-    ):
-        save_latest(two.parent, make_state(3))
-    assert contents(two.parent) == before
-
-
-def test_a_write_that_fails_half_way_is_reported_in_the_systems_words(tmp_path):
-    """torch raises an error of its own, about positions in its file."""
+def test_atomic_save_on_a_full_disk_leaves_all_as_it_was(two):
+    """Said in the system's words: torch raises an error of its own, about positions in its file."""
 
     def save_in_little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
-        state = make_state() | {"rng": {"torch": torch.zeros(300_000)}}
-        with pytest.raises(WriteError, match=r"checkpoint\.pt: File too large.* needs 1\.3 MB"):
-            save(tmp_path / "checkpoint.pt", state)
+        state = make_state(3) | {"rng": {"torch": torch.zeros(300_000)}}
+        says = r"write .*checkpoint\.pt: File too large.* are free.* needs 1\.3 MB"
+        with pytest.raises(WriteError, match=says):
+            save_latest(two.parent, state)
 
+    before = contents(two.parent)
     assert in_child(save_in_little_room) == 0
-    assert os.listdir(tmp_path) == []
-
-
-def test_optimizer_state_that_load_would_refuse_is_not_written(tmp_path):
-    """Of an optimizer that somebody added, say."""
-    state = make_state()
-    state["optimizer"][WTE]["row_var"] = torch.zeros(3)
-    with pytest.raises(ValueError, match="not the state of a weight that adamw keeps"):
-        save(tmp_path / "checkpoint.pt", state)
-    assert os.listdir(tmp_path) == []
+    assert contents(two.parent) == before
 
 
 # ---------------------------------------------------------------- damage
@@ -151,7 +116,7 @@ def test_damage_is_found_and_the_one_before_is_used(two, kind):
 
 
 def test_damage_to_all_names_each_and_touches_none(two):
-    save_numbered(two.parent, make_state(2), keep=3)
+    save(two.parent / "checkpoint_iter_2.pt", make_state(2))
     for path in two.parent.iterdir():
         damage(path)
     before = contents(two.parent)
@@ -163,7 +128,7 @@ def test_damage_to_all_names_each_and_touches_none(two):
 
 def test_no_checkpoint_is_none_and_other_kinds_are_fallen_back_on(tmp_path):
     assert latest(tmp_path) is None
-    save_numbered(tmp_path, make_state(7), keep=3)
+    save(tmp_path / "checkpoint_iter_7.pt", make_state(7))
     save(tmp_path / "checkpoint.pt", make_state(8))
     damage(tmp_path / "checkpoint.pt")
     assert latest(tmp_path)[1]["step"] == 7
@@ -224,51 +189,33 @@ def deflated(path, canary):
 
 
 WTE, HEAD, NORM = "transformer.wte.weight", "lm_head.weight", "transformer.ln_f.weight"
-PLAIN = "model.transformer.wte.weight: not a plain tensor"
+CODE, PLAIN = "might run code", "model.transformer.wte.weight: not a plain tensor"
 HOSTILE = {  # what it is -> how it is made, and the reason given
     "a pickle": (pickled, "no checkpoint"),
-    "a pickle inside torch's zip": (pickled_in_zip, "might run code"),
+    "a pickle inside torch's zip": (pickled_in_zip, CODE),
     "a deflated zip": (deflated, "compressed"),
-    "a sparse tensor": (weight(WTE, lambda w: w.to_sparse()), "might run code"),
-    "a meta tensor": (weight(WTE, lambda w: w.to("meta")), "might run code"),
+    "a sparse tensor": (weight(WTE, lambda w: w.to_sparse()), CODE),
+    "a meta tensor": (weight(WTE, lambda w: w.to("meta")), CODE),
     "a stride-0 tensor": (weight(WTE, lambda w: w[:1, :1].clone().expand(20, 16)), PLAIN),
-    "a huge stride-0 tensor": (
-        weight(WTE, lambda w: torch.zeros(1).expand(10**6, 10**6)),
-        "larger than the file",
-    ),
-    "a quantized tensor": (
-        weight(WTE, lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)),
-        "might run code",
-    ),
-    "a parameter": (weight(WTE, torch.nn.Parameter), "might run code"),
-    "a number as a weight": (weight(WTE, lambda w: 3), PLAIN),
+    "a huge one": (weight(WTE, lambda w: w[:1, :1].clone().expand(10**6, 10**6)), "the file"),
+    "quantized": (weight(WTE, lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)), CODE),
     "weights that are not finite": (weight(WTE, lambda w: w / 0), "wte.weight: .*not finite"),
     "a wrong shape": (weight(NORM, lambda w: w[1:].clone()), "size mismatch for transformer.ln_f"),
-    "a missing weight": (
-        edited(lambda state: state["model"].pop(NORM)),
-        "Missing key.*transformer.ln_f.weight",
-    ),
+    "a missing weight": (edited(lambda state: state["model"].pop(NORM)), "Missing.*ln_f.weight"),
     "a weight too many": (weight("extra", lambda w: torch.zeros(3)), "Unexpected.*extra"),
-    "whole numbers as weights": (weight(NORM, lambda w: w.long()), "transformer.ln_f.weight"),
     "a head of its own": (weight(HEAD, lambda w: w + 1), "the head is not tied"),
     "moments that are not finite": (moment(lambda m: m["exp_avg"].div_(0)), "not finite"),
     "moments of a wrong shape": (moment(lambda m: m.update(exp_avg=torch.zeros(3))), "has shape"),
-    "moments without a step": (moment(lambda m: m.pop("step")), "that adamw keeps"),
-    "moments of no weight": (
-        setting(optimizer={"other": {}}),
-        "optimizer .* is not the state of a weight",
-    ),
+    "moments of no weight": (setting(optimizer={"other": {}}), "not the state of a weight"),
     "a random state that is none": (setting(rng={"torch": torch.zeros(3).byte()}), "state"),
     "a missing key": (edited(lambda state: state.pop("optimizer")), "optimizer: is missing"),
     "nanoGPT's": (setting(model_args={}), "convert.py from_nanogpt"),
     "a key of a wrong type": (setting(step="3"), "step: .*valid integer"),
-    "a step before the first": (setting(step=-1), "step: .*at least 0"),
-    "a path as run": (setting(run="../../x"), "run: must be letters"),
+    "a path as run": (setting(run="../../x"), "run: must match"),
     "more than plain data": (setting(scaler={"x": torch.zeros(1)}), "scaler.x"),
     "n_layer of a billion": (config(n_layer=10**9), "n_layer"),
     "a deeper model than it holds": (config(n_layer=1000), "larger model"),
     "a wider model than it holds": (config(n_embd=2**14), "size mismatch for transformer.wte"),
-    "a config of wrong types": (config(n_layer="two"), "n_layer"),
     "a later format": (setting(format=99), "format: must be at most 1"),
     "something else entirely": (lambda path, canary: torch.save([1, 2], path), "valid dictionary"),
 }
@@ -281,37 +228,8 @@ def test_hostile_file_is_refused_and_runs_nothing(tmp_path, kind, monkeypatch):
     path, canary = tmp_path / "checkpoint.pt", tmp_path / "canary"
     make, reason = HOSTILE[kind]
     make(path, canary)
+    start = time.perf_counter()
     with pytest.raises(CheckpointError, match=rf"checkpoint\.pt: .*{reason}") as error:
         load(path)
     assert error.value.exit_code == 3 and len(str(error.value).splitlines()) == 1
-    assert not canary.exists()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_hostile_files_cost_little_time_and_memory(tmp_path):
-    """Under 2 s and 200 MB each, beyond what importing torch takes."""
-    paths = []
-    for number, (make, _) in enumerate(HOSTILE.values()):
-        paths.append(tmp_path / f"{number}.pt")
-        make(paths[-1], tmp_path / "canary")
-
-    def costs_little(path):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.perf_counter()
-        with contextlib.suppress(CheckpointError):
-            load(path)
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        return 0 if time.perf_counter() - start < 2 and kilobytes < 200_000 else 2
-
-    for path in paths:
-        assert in_child(costs_little, path) == 0, path
-
-
-# ---------------------------------------------------------------- the folder
-
-
-def test_set_aside_moves_a_run_into_a_dated_folder(two):
-    before, target = contents(two.parent), checkpoint.set_aside(two.parent)
-    assert contents(target) == before and os.listdir(two.parent) == [target.name]
-    assert checkpoint.set_aside(two.parent) is None
+    assert time.perf_counter() - start < 2 and not canary.exists()

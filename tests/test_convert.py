@@ -1,25 +1,20 @@
 """nanoGPT's checkpoints; models by name."""
 
-import errno
-import math
 import os
-import sys
 from collections import OrderedDict
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, TEXT
 from test_checkpoint import Canary, damage
 from test_huggingface import cli, load_double, ours, random_weights, theirs
-from tokenizers import models
 
 import checkpoint
 from checkpoint import CheckpointError
 from config import GPT2Config
 from convert import load_model, to_gguf, to_hf
 from model import GPT2
-from tokenizer import BYTE_OF, SYMBOL_OF, SYMBOLS, BPETokenizer, CharTokenizer, GPT2Tokenizer
+from tokenizer import SYMBOLS, BPETokenizer, CharTokenizer, GPT2Tokenizer
 
 # ---------------------------------------------------------------- nanoGPT
 
@@ -27,19 +22,14 @@ SIZES = {"n_layer": 2, "n_head": 3, "n_embd": 24, "block_size": 16, "vocab_size"
 
 
 def nanogpt(path, bias=True, prefix="", **sizes):
-    """A ckpt.pt as nanoGPT's train.py saves it, of random weights; its model_args and weights."""
+    """A ckpt.pt as nanoGPT's train.py saves it, of random weights; its model, of the same names."""
     args = SIZES | sizes | {"bias": bias, "dropout": 0.0}
-    w = random_weights(GPT2(GPT2Config(**args))).state_dict()  # of the same names
-    state = {
-        "model": OrderedDict((prefix + name, tensor) for name, tensor in w.items()),
-        "optimizer": {"state": {0: {"step": torch.tensor(20.0)}}, "param_groups": [{"lr": 1e-3}]},
-        "model_args": args,
-        "iter_num": 20,
-        "best_val_loss": torch.tensor(3.1),
-        "config": {"out_dir": "out", "dataset": "shakespeare_char"},
-    }
+    model = random_weights(GPT2(GPT2Config(**args, gelu="exact")))
+    state = {"model": OrderedDict((prefix + k, w) for k, w in model.state_dict().items())}
+    state |= {"optimizer": {"state": {0: {"step": torch.tensor(20.0)}}}, "model_args": args}
+    state |= {"iter_num": 20, "best_val_loss": torch.tensor(3.1), "config": {"out_dir": "out"}}
     torch.save(state, path)
-    return args, w
+    return model
 
 
 @pytest.fixture
@@ -54,54 +44,25 @@ def from_nanogpt(tmp_path, capsys):
     return call
 
 
-def nanogpt_logits(args, w, idx):
-    """nanoGPT's network written out: exact GELU, biases where there are any."""
-
-    def linear(x, name):
-        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
-
-    def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w.get(f"{name}.bias"), 1e-5)
-
-    (B, T), C, H = idx.shape, args["n_embd"], args["n_head"]
-    x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"][:T]
-    for layer in range(args["n_layer"]):
-        name = f"transformer.h.{layer}"
-        qkv = linear(norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn").view(B, T, 3, H, C // H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        scores = (q @ k.mT / math.sqrt(C // H)).masked_fill(torch.ones(T, T).triu(1) > 0, -math.inf)
-        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C)
-        x = x + linear(y, f"{name}.attn.c_proj")
-        u = linear(norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
-        x = x + linear(u * 0.5 * (1 + torch.erf(u / math.sqrt(2))), f"{name}.mlp.c_proj")
-    return norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("bias, prefix", [(True, ""), (False, "_orig_mod.")])
 def test_a_nanogpt_checkpoint_gives_the_same_logits(tmp_path, from_nanogpt, bias, prefix):
-    args, w = nanogpt(tmp_path / "ckpt.pt", bias, prefix)
+    theirs = nanogpt(tmp_path / "ckpt.pt", bias, prefix)
     CharTokenizer.train("".join(map(chr, range(65, 95)))).save(tmp_path / "tokenizer.json")
     code, said = from_nanogpt("--tokenizer", tmp_path / "tokenizer.json")
     assert code == 0 and "optimizer" in said
     model, tokenizer = load_model(tmp_path / "out.pt", "cpu", "float32")
     idx = torch.randint(30, (2, 16))
-    with torch.no_grad():
-        assert (model(idx)[0] - nanogpt_logits(args, w, idx)).abs().max() <= 1e-5
-    assert tokenizer.kind == "char" and model.config.gelu == "exact"
-    state = checkpoint.load(tmp_path / "out.pt")
-    assert state["step"] == 0 and state["optimizer"] == {}
+    assert torch.equal(model(idx)[0], theirs(idx)[0]) and tokenizer.kind == "char"
+    assert checkpoint.load(tmp_path / "out.pt")["optimizer"] == {}
 
 
 def test_a_nanogpt_vocabulary_that_is_padded_is_trimmed(tmp_path, from_nanogpt, gpt2_vocabulary):
-    args, w = nanogpt(tmp_path / "ckpt.pt", vocab_size=50304)
+    theirs = nanogpt(tmp_path / "ckpt.pt", vocab_size=50304)
     code, said = from_nanogpt()
     assert code == 0 and "from 50,304 to 50,257" in said
     model, tokenizer = load_model(tmp_path / "out.pt", "cpu", "float32")
     idx = torch.randint(50257, (1, 16))
-    with torch.no_grad():
-        logits = nanogpt_logits(args, w, idx)[..., :50257]
-        assert (model(idx)[0] - logits).abs().max() <= 1e-5
+    assert (model(idx)[0] - theirs(idx)[0][..., :50257]).abs().max() <= 1e-5
     assert tokenizer.kind == "gpt2" and model.config.vocab_size == 50257
     wte = checkpoint.load(tmp_path / "out.pt")["model"]["transformer.wte.weight"]
     assert wte.untyped_storage().nbytes() == 50257 * 24 * 4  # the padding is not in the file
@@ -111,43 +72,39 @@ def test_a_nanogpt_checkpoint_without_a_tokenizer_or_with_a_wrong_one(tmp_path, 
     nanogpt(tmp_path / "ckpt.pt")
     CharTokenizer.train("abc").save(tmp_path / "tokenizer.json")
     code, said = from_nanogpt("--tokenizer", tmp_path / "tokenizer.json")
-    assert code == 2 and "the tokenizer has 3 tokens" in said
+    assert code == 3 and "it has 3 tokens, the model 30" in said
     code, said = from_nanogpt("--gelu", "tanh")
     assert code == 0 and "no tokenizer (30 tokens)" in said
     assert load_double(tmp_path / "out.pt").config.gelu == "tanh"
 
 
-def head(value):
-    return lambda found, canary: found["model"].update({"lm_head.weight": value})
-
-
 @pytest.mark.parametrize(
-    "edit, code, said",
+    "change, code, said",
     [
-        (head(3), 2, "lm_head.weight"),
-        (head(torch.eye(30, 24).to_sparse()), 3, "more than plain data"),
-        (head(torch.eye(3)), 2, "lm_head.weight"),
-        (lambda found, canary: found["model_args"].update(n_layer=10**9), 2, "n_layer 1000000000"),
-        (lambda found, canary: found["model_args"].pop("n_head"), 2, "n_head None"),
-        (lambda found, canary: found.pop("model"), 3, "model: is missing"),
-        (lambda found, canary: found.update(config=Canary(canary)), 3, "might run code"),
+        ({"model": {"lm_head.weight": 3}}, 2, "lm_head.weight"),
+        ({"model": {"lm_head.weight": torch.eye(3)}}, 2, "lm_head.weight"),
+        ({"model_args": {"n_layer": 10**9}}, 2, "n_layer 1000000000"),
+        ({"model_args": {"n_head": None}}, 2, "n_head None"),
+        ({"model": 3}, 3, "model: must be a valid dictionary"),
+        ({"config": "a canary"}, 3, "might run code"),
+        (None, 3, "not usable"),
     ],
 )
-def test_a_hostile_nanogpt_file_is_refused_by_name(tmp_path, from_nanogpt, edit, code, said):
+def test_a_hostile_nanogpt_file_is_refused_by_name(tmp_path, from_nanogpt, change, code, said):
     path, canary = tmp_path / "ckpt.pt", tmp_path / "canary"
     nanogpt(path)
-    found = torch.load(path, weights_only=True)
-    edit(found, canary)
-    torch.save(found, path)
+    if change is None:
+        damage(path)
+    else:
+        found = torch.load(path, weights_only=True)
+        for key, value in change.items():
+            found[key] = found[key] | value if isinstance(value, dict) else value
+        if "config" in change:
+            found["config"] = Canary(canary)
+        torch.save(found, path)
     exit_code, err = from_nanogpt()
     assert exit_code == code and said in err and err.count("error: ") == 1
     assert not canary.exists()
-
-
-def test_damage_to_a_nanogpt_file_is_found(tmp_path, from_nanogpt):
-    nanogpt(tmp_path / "ckpt.pt")
-    damage(tmp_path / "ckpt.pt")
-    assert from_nanogpt()[0] == 3
 
 
 # ---------------------------------------------------------------- GGUF
@@ -204,51 +161,36 @@ def test_a_gguf_has_the_tokenizer_in_its_order(tmp_path, gpt2_vocabulary):
         ]
         assert (kind, pre, eos, bos) == ("gpt2", "gpt-2", tokenizer.eot_id, tokenizer.eot_id)
         assert len(tokens) == len(types) == tokenizer.vocab_size == fields["gpt2.vocab_size"]
-        assert types == [1] * eos + [3] and tokens[eos] == "<|endoftext|>"
-        ids = dict(zip(tokens, range(len(tokens)), strict=True))
-        made = models.BPE(ids, [tuple(pair.split(" ")) for pair in merges])
-        for word in "Ġthe Ġquick jumps 天天 Ġé".split():
-            word = "".join(SYMBOL_OF[byte] for byte in word.replace("Ġ", " ").encode())
-            text = bytes(BYTE_OF[symbol] for symbol in word).decode()
-            assert [token.id for token in made.tokenize(word)] == tokenizer.encode(text)
+        assert types == [1] * eos + [3] and tokens == [*tokenizer.tokens, "<|endoftext|>"]
+        assert merges == [" ".join(pair) for pair in tokenizer.merges()]
 
 
-def huge(path):
-    state = checkpoint.load(path)
-    state["model"]["transformer.h.0.mlp.c_fc.weight"][0, 0] = 1e6
-    checkpoint.save(path, state)
-
-
-REFUSED = [  # tokenizer, settings, what is done to the checkpoint, flags, exit code, what is said
-    (CharTokenizer.train("ab"), {}, None, (), 2, "a char tokenizer: llama.cpp needs bpe or gpt2"),
-    (None, {}, None, (), 2, "no tokenizer: llama.cpp needs"),
-    (BPETokenizer(SYMBOLS, {"<s>": 0}, None), {}, None, (), 2, "no end of text"),
-    (BPETokenizer(SYMBOLS), {"n_embd": 24}, None, ("--type", "q8_0"), 2, "take --type f16"),
-    (BPETokenizer(SYMBOLS), {}, huge, ("--type", "f16"), 2, "mlp.c_fc.weight has values beyond"),
-    (BPETokenizer(SYMBOLS), {}, None, ("--type", "q4"), 2, "--type q4"),
-    (BPETokenizer(SYMBOLS), {}, None, ("--gelu", "tanh"), 2, "--gelu: for from_nanogpt only"),
-    (BPETokenizer(SYMBOLS), {}, damage, (), 3, "not usable"),
+NO_END = BPETokenizer(SYMBOLS, {"<s>": 0}, None)
+REFUSED = [  # what is said, tokenizer, settings, command and flags
+    ("llama.cpp needs a bpe or gpt2 tok", CharTokenizer.train("ab"), {}, ["to_gguf"]),
+    ("llama.cpp needs a bpe or gpt2 tok", None, {}, ["to_gguf"]),
+    ("with an end of text", NO_END, {}, ["to_gguf"]),
+    ("take --type f16", BPETokenizer(SYMBOLS), {"n_embd": 24}, ["to_gguf", "--type", "q8_0"]),
+    ("--type q4", BPETokenizer(SYMBOLS), {}, ["to_gguf", "--type", "q4"]),
+    ("--gelu: for from_nanogpt only", BPETokenizer(SYMBOLS), {}, ["to_gguf", "--gelu", "tanh"]),
+    ("position 'rope'", BPETokenizer(SYMBOLS), {"position": "rope"}, ["to_gguf"]),
+    ("position 'alibi'", BPETokenizer(SYMBOLS), {"position": "alibi"}, ["to_hf"]),
 ]
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case[-1])
-def test_bad_input_for_a_gguf_is_one_line_and_writes_nothing(tmp_path, capsys, case):
-    tokenizer, settings, change, flags, code, said = case
+@pytest.mark.parametrize("said, tokenizer, settings, words", REFUSED)
+def test_bad_input_for_an_export_is_one_line(tmp_path, capsys, said, tokenizer, settings, words):
     path = ours(tmp_path / "ours.pt", tokenizer, **settings)
-    if change:
-        change(path)
     capsys.readouterr()
-    assert cli("to_gguf", path, tmp_path / "out.gguf", *flags) == code
+    command, *flags = words
+    assert cli(command, path, tmp_path / "out", *flags) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and said in line and os.listdir(tmp_path) == ["ours.pt"]
 
 
-def test_a_gguf_is_whole_or_absent_and_overwrites_nothing(tmp_path, monkeypatch, capsys):
-    gguf, path = pytest.importorskip("gguf"), ours(tmp_path / "ours.pt", BPETokenizer(SYMBOLS))
-    out, close = tmp_path / "out.gguf", gguf.GGUFWriter.close
-
-    def full(writer):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_gguf_that_reads_back_otherwise_is_not_written(tmp_path, monkeypatch, capsys):
+    gguf = pytest.importorskip("gguf")
+    path, close = ours(tmp_path / "ours.pt", BPETokenizer(SYMBOLS)), gguf.GGUFWriter.close
 
     def flip(writer):
         close(writer)
@@ -256,21 +198,15 @@ def test_a_gguf_is_whole_or_absent_and_overwrites_nothing(tmp_path, monkeypatch,
         content[-1] ^= 1
         writer.path.write_bytes(content)
 
-    for fault, said in ((full, "No space left"), (flip, "what was read back is not what was")):
-        with monkeypatch.context() as patched:
-            patched.setattr(gguf.GGUFWriter, "close", fault)
-            assert cli("to_gguf", path, out) == 4
-        assert said in capsys.readouterr().err and os.listdir(tmp_path) == ["ours.pt"]
-    out.write_text("mine")
-    assert cli("to_gguf", path, out) == 2 and "choose another name" in capsys.readouterr().err
-    assert out.read_text() == "mine"
+    monkeypatch.setattr(gguf.GGUFWriter, "close", flip)
+    assert cli("to_gguf", path, tmp_path / "out.gguf") == 4
+    assert "what was read back is not what was written" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["ours.pt"]
 
 
-def test_exact_gelu_in_a_gguf_is_named_with_its_largest_difference(tmp_path, capsys):
+def test_exact_gelu_in_a_gguf_is_named(tmp_path, capsys):
     to_gguf(ours(tmp_path / "ours.pt", BPETokenizer(SYMBOLS), gelu="exact"), tmp_path / "out.gguf")
     assert "differs by 0.0005 at most" in capsys.readouterr().err
-    x = torch.linspace(-10, 10, 200001, dtype=torch.float64)
-    assert 0.0004 < (F.gelu(x) - F.gelu(x, approximate="tanh")).abs().max() < 0.0005
 
 
 # ---------------------------------------------------------------- the card; docs/world.md
@@ -283,9 +219,8 @@ def test_the_card_says_what_the_model_was_trained_on(tmp_path):
     checkpoint.save(path, state | {"step": 1200, "best_val_loss": 1.5, "config": config})
     to_hf(path, tmp_path / "poet")
     card = (tmp_path / "poet" / "README.md").read_text("utf-8")
-    for part in ("# poet", "1,200 steps on the data set `poems`", "1.5000 nats", '"n_embd": 32'):
-        assert part in card
-    assert "/home/me" not in card and '"learning_rate": 0.0006' in card
+    assert all(part in card for part in ("# poet", "1,200 steps on `poems`", "1.5000 nats"))
+    assert "/home/me" not in card
 
 
 def numpy_example(folder):
@@ -310,15 +245,6 @@ def test_numpy_alone_gives_the_same_logits(tmp_path, gelu):
 # ---------------------------------------------------------------- loading by name
 
 
-def test_load_model_draws_no_random_weights_and_keeps_the_head_tied(tmp_path):
-    theirs().save_pretrained(tmp_path / "hf")
-    before = torch.get_rng_state()
-    model, _ = load_model(tmp_path / "hf", "cpu", "bfloat16", need_tokenizer=False)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
-
-
 def test_a_path_that_exists_wins_over_a_name_on_the_hub(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     theirs(vocab_size=77).save_pretrained("gpt2")
@@ -326,27 +252,7 @@ def test_a_path_that_exists_wins_over_a_name_on_the_hub(tmp_path, monkeypatch, c
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setattr(checkpoint, "download_model", lambda repo: pytest.fail("no path was meant"))
     for name in ("checkpoints/none", "org/none.pt", "./org/none", "none"):
-        with pytest.raises(CheckpointError, match="no such file"):
+        with pytest.raises(CheckpointError, match="no file or folder"):
             load_model(name)
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_model("checkpoints")
-
-
-def test_a_missing_package_is_exit_2_with_the_command(tmp_path, monkeypatch, capsys):
-    theirs().save_pretrained(tmp_path / "hf")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert cli("from_hf", tmp_path / "hf", tmp_path / "out.pt") == 2
-    assert "pip install -r requirements-hub.txt" in capsys.readouterr().err
-
-
-def test_weights_that_are_worse_than_guessing_are_warned_of(tmp_path, capsys):
-    tokenizer = CharTokenizer.train(checkpoint.SANE_TEXT)
-    path = ours(tmp_path / "wild.pt", tokenizer)  # random weights as large as these are wild
-    to_hf(path, tmp_path / "wild")
-    load_model(tmp_path / "wild", "cpu")
-    assert "warning: that is worse than guessing" in capsys.readouterr().err
-    model = GPT2(GPT2Config(vocab_size=tokenizer.vocab_size, block_size=64, n_embd=32, n_head=2))
-    loss = checkpoint.check_loss(model, tokenizer)
-    assert loss == pytest.approx(math.log(tokenizer.vocab_size), abs=0.3)
-    assert "warning" not in capsys.readouterr().err
-    assert checkpoint.check_loss(model, CharTokenizer(["你"] * 1)) is None

@@ -21,12 +21,12 @@ TREES = {path.stem: ast.parse(path.read_text("utf-8")) for path in FILES}
 BY_NAME = pytest.mark.parametrize("name", TREES)
 # A little above where the code stands: lower them as it shrinks.
 CEILINGS = {
-    "lines of a file": 520,
-    "lines of the evening": 2150,
-    "lines": 7500,
-    "statements": 4950,
-    "functions": 450,
-    "lines of tests": 10100,
+    "lines of a file": 480,
+    "lines of the evening": 2000,
+    "lines": 6600,
+    "statements": 4400,
+    "functions": 390,
+    "lines of tests": 7700,
 }
 
 
@@ -63,12 +63,9 @@ def test_contributing_has_a_row_for_every_file_below_those_that_it_imports_and_s
 
 @BY_NAME
 def test_imports_are_those_of_contributing(name):
-    found = set()
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
+    nodes = list(ast.walk(TREES[name]))
+    found = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert found & TREES.keys() <= set(MAY_IMPORT[name])
 
 
@@ -102,17 +99,13 @@ def test_preparing_text_does_not_wait_for_torch():
 def test_no_file_can_be_unpickled_or_executed(name):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Call):
-            function = ast.unparse(node.func)
-            assert function not in ("exec", "eval", "pickle.load", "pickle.loads")
-            if function == "torch.load":
-                assert "weights_only=True" in ast.unparse(node)
+            forbidden = ("exec", "eval", "pickle.load", "pickle.loads", "torch.load")
+            assert ast.unparse(node.func) not in forbidden
 
 
-@pytest.mark.parametrize("flags", [["check", "."], ["format", "--check", "."]])
+@pytest.mark.parametrize("flags", [["check"], ["format", "--check"]])
 def test_ruff_has_nothing_to_say(flags):
-    command = [sys.executable, "-m", "ruff", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    assert subprocess.run([sys.executable, "-m", "ruff", *flags], cwd=ROOT).returncode == 0
 
 
 def test_ci_runs_the_readmes_test_command_word_for_word():

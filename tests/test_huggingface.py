@@ -1,13 +1,12 @@
 """Hugging Face's models give the same logits and text there and here; refusals name the reason."""
 
-import base64
-import errno
 import hashlib
-import http.server
 import json
 import os
-import threading
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from huggingface import tokenizer_to_hf
 from logger import run
 from model import GPT2
 from sampling import sample_text
-from tokenizer import SYMBOLS, BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
+from tokenizer import SYMBOLS, BPETokenizer, CharTokenizer, GPT2Tokenizer
 
 safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
@@ -41,14 +40,13 @@ def cli(*arguments):
 
 @pytest.fixture
 def from_hf(tmp_path, capsys):
-    """Call from_hf; its exit code and its error lines. Nothing is written unless the code is 0."""
+    """Call from_hf; its exit code and its lines. Nothing is written unless the code is 0."""
 
-    def call(spec, command="from_hf"):
+    def call(spec):
         capsys.readouterr()
-        code = cli(command, spec, tmp_path / "out.pt")
+        code = cli("from_hf", spec, tmp_path / "out.pt")
         assert (code == 0) == (tmp_path / "out.pt").exists()
-        lines = capsys.readouterr().err.splitlines()
-        return code, [line for line in lines if line.startswith("error: ") or code == 0]
+        return code, capsys.readouterr().err.splitlines()
 
     return call
 
@@ -92,10 +90,9 @@ def change(folder, name="config.json", **fields):
 
 
 def edit_tensors(folder, edit):
-    """Let edit change the dict of a folder's tensors, or return a new one."""
-    path = folder / "model.safetensors"
-    found = safetensors.load_file(path)
-    safetensors.save_file(edit(found) or found, path)
+    found = safetensors.load_file(folder / WEIGHTS)
+    edit(found)
+    safetensors.save_file(found, folder / WEIGHTS)
 
 
 def set_weight(folder, name, change):
@@ -114,39 +111,28 @@ def from_pretrained(folder):
 @torch.no_grad()
 def difference(one, other):
     """The largest difference between the logits of our model and of theirs."""
-    T = min(one.config.block_size, 40)
-    idx = torch.randint(one.config.vocab_size, (2, T))
+    idx = torch.randint(one.config.vocab_size, (2, min(one.config.block_size, 40)))
     return (one(idx)[0] - other(idx).logits).abs().max().item()
 
 
-# ---------------------------------------------------------------- Hugging Face's models
-
-POSITIONS = [8, 9, 16, 31, 64, 100, 128, 200, 256, 512, 1024]
-VOCABULARIES = [100, 257, 1000, 5000, 20000, 50256, 50257]
+# ---------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_random_hugging_face_gpt2_comes_in_and_goes_out_unchanged(tmp_path, request, seed):
+@pytest.mark.parametrize("seed", range(12))
+def test_a_model_of_transformers_comes_in_and_goes_out_unchanged(tmp_path, seed):
     torch.manual_seed(seed)
-    n_head, vocab_size = 1 + seed % 12, VOCABULARIES[seed % len(VOCABULARIES)]
-    n_positions, n_embd = POSITIONS[seed % len(POSITIONS)], n_head * (2 + seed % 3)
-    if vocab_size == 50257:  # for which a folder without a tokenizer gets GPT-2's
-        request.getfixturevalue("gpt2_vocabulary")
-    sizes = {"n_head": n_head, "n_embd": n_embd, "n_layer": 1 + seed % 4}
-    sizes |= {"n_positions": n_positions, "vocab_size": vocab_size}
+    sizes = {"n_head": 1 + seed, "n_embd": (1 + seed) * (2 + seed % 3), "n_layer": 1 + seed % 4}
+    sizes |= {"n_positions": 8 + 93 * seed, "vocab_size": 100 + 4321 * seed}
     model = theirs(("float32", "bfloat16", "float16")[seed % 3], **sizes)
     model.save_pretrained(tmp_path / "hf")
-
     assert cli("from_hf", tmp_path / "hf", tmp_path / "ours.pt") == 0
-    mine, model = load_double(tmp_path / "ours.pt"), model.double()
-    assert difference(mine, model) <= 1e-10
+    mine = load_double(tmp_path / "ours.pt")
+    assert difference(mine, model.double()) <= 1e-10
     assert cli("to_hf", tmp_path / "ours.pt", tmp_path / "back") == 0
-    before = safetensors.load_file(tmp_path / "hf" / "model.safetensors")
-    after = safetensors.load_file(tmp_path / "back" / "model.safetensors")
+    before, after = (safetensors.load_file(tmp_path / name / WEIGHTS) for name in ("hf", "back"))
     assert list(before) == list(after)
-    assert all(
-        before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before
-    )
+    for name in before:
+        assert before[name].dtype == after[name].dtype and torch.equal(before[name], after[name])
     assert difference(mine, from_pretrained(tmp_path / "back")) <= 1e-10
 
 
@@ -156,13 +142,9 @@ def test_our_model_is_the_same_in_transformers_and_back(tmp_path, bias, gelu):
     path = ours(tmp_path / "ours.pt", bias=bias, gelu=gelu)
     to_hf(path, tmp_path / "hf")
     model = from_pretrained(tmp_path / "hf")
+    assert len({file.stat().st_mode for file in (tmp_path / "hf").iterdir()}) == 1
     assert difference(load_double(path), model) <= 1e-10
     assert difference(load_double(tmp_path / "hf"), model) <= 1e-10
-    model.save_pretrained(tmp_path / "theirs")
-    one, other = (
-        safetensors.load_file(tmp_path / name / "model.safetensors") for name in ("hf", "theirs")
-    )
-    assert one.keys() == other.keys()
 
 
 def sharded(folder):
@@ -173,8 +155,9 @@ def sharded(folder):
 
 def old_names(found):
     """As in openai-community's files: no prefix, and the causal masks among the weights."""
-    masks = {"h.0.attn.bias": torch.ones(1, 1, 32, 32), "h.0.attn.masked_bias": torch.tensor(-1e4)}
-    return {key.removeprefix("transformer."): found[key] for key in found} | masks
+    for name in list(found):
+        found[name.removeprefix("transformer.")] = found.pop(name)
+    found |= {"h.0.attn.bias": torch.ones(1, 1, 32, 32), "h.0.attn.masked_bias": torch.ones(())}
 
 
 FORMS = {
@@ -192,10 +175,8 @@ def test_a_folder_is_read_in_all_its_forms(folder, form):
     assert difference(load_double(folder), model) <= 1e-10
 
 
-def another_config(folder):
-    wrong = {"model_type": "gpt_neo", "activation_function": "relu", "n_inner": 7, "n_head": 5}
-    wrong |= {"layer_norm_epsilon": 1e-6, "scale_attn_weights": False, "tie_word_embeddings": False}
-    change(folder, **wrong, scale_attn_by_inverse_layer_idx=True)
+ANOTHER = {"model_type": "gpt_neo", "activation_function": "relu", "layer_norm_epsilon": 1e-6}
+ANOTHER |= {"scale_attn_weights": False, "tie_word_embeddings": False, "n_head": 5}
 
 
 def other_tensors(found):
@@ -204,20 +185,13 @@ def other_tensors(found):
     found["transformer.h.1.attn.c_attn.weight"] = torch.zeros(24, 71)
 
 
-def lose_a_shard(folder):
-    sharded(folder)
-    next(folder.glob("model-00002-of-*")).unlink()
-
-
 BAD = {  # how it is made; what is said, a line for each problem
     "a config": (
-        another_config,
+        lambda folder: change(folder, **ANOTHER),
         "model_type 'gpt_neo', only gpt2",
-        "activation_function 'relu', only gelu_new, gelu_pytorch_tanh, gelu",
-        "n_inner 7, only None, 96",
+        "activation_function 'relu', only gelu_new",
         "layer_norm_epsilon 1e-06, only 1e-05",
         "scale_attn_weights False",
-        "scale_attn_by_inverse_layer_idx True",
         "tie_word_embeddings False",
         "n_embd 24: not divisible by",
     ),
@@ -242,7 +216,6 @@ BAD = {  # how it is made; what is said, a line for each problem
         lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"),
         "a pickle (pytorch_model.bin) may run code",
     ),
-    "a missing shard": (lose_a_shard, "Missing key(s) in state_dict"),
 }
 
 
@@ -253,25 +226,6 @@ def test_bad_input_in_a_folder_is_named_all_at_once(folder, from_hf, kind):
     code, lines = from_hf(folder)
     assert code == 2 and len(lines) == len(parts)
     assert all(sum(part in line for line in lines) == 1 for part in parts)
-
-
-# ---------------------------------------------------------------- the folder that to_hf writes
-
-
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
-    path, folder = ours(tmp_path / "ours.pt"), tmp_path / "new" / "hf"
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        assert cli("to_hf", path, folder) == 4
-    assert "No space left" in capsys.readouterr().err and os.listdir(folder.parent) == []
-    folder.mkdir()  # an empty one is filled
-    assert cli("to_hf", path, folder) == 0
-    assert os.listdir(folder.parent) == ["hf"]
-    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
 
 
 def test_what_exists_is_never_overwritten(tmp_path, monkeypatch, capsys, folder):
@@ -286,14 +240,6 @@ def test_what_exists_is_never_overwritten(tmp_path, monkeypatch, capsys, folder)
     assert [file.read_bytes() for file in (path, *sorted(folder.iterdir()))] == before
 
 
-@pytest.mark.parametrize("position", ["rope", "alibi"])
-@pytest.mark.parametrize("command", ["to_hf", "to_gguf"])
-def test_positions_that_others_do_not_know_are_refused_by_name(tmp_path, capsys, command, position):
-    path = ours(tmp_path / "ours.pt", BPETokenizer(SYMBOLS), position=position)
-    assert cli(command, path, tmp_path / "out") == 2
-    assert f"position '{position}'" in capsys.readouterr().err
-
-
 # ---------------------------------------------------------------- tokenizers
 
 
@@ -304,17 +250,17 @@ def test_transformers_continues_text_as_we_do(tmp_path, gpt2_vocabulary):
         path, folder = ours(tmp_path / f"{tokenizer.kind}.pt", tokenizer), tmp_path / tokenizer.kind
         to_hf(path, folder)
         assert load_state(folder)[0]["tokenizer"] == tokenizer.to_dict()
-        mine, tokenizer = load_model(path, "cpu", "float64")
-        model, their_own = (
-            from_pretrained(folder),
-            transformers.AutoTokenizer.from_pretrained(folder),
-        )
+        mine, model = load_model(path, "cpu", "float64")[0], from_pretrained(folder)
+        their_own = transformers.AutoTokenizer.from_pretrained(folder)
         for prompt in ("line 7: the", "\tfox  jumps\n\n", "今天天气"):
             written = sample_text(mine, tokenizer, prompt, 30, temperature=0)
             asked = their_own(prompt, return_tensors="pt")
             ids = model.generate(**asked, max_new_tokens=30, do_sample=False)[0]
             assert their_own.decode(ids, skip_special_tokens=True) == written
             texts.add(written)
+        if tokenizer.kind == "char":
+            with pytest.raises(Exception, match="WordLevel"):
+                their_own("a stranger: é你好")
     assert len(texts) == 9 and min(map(len, texts)) > 20
 
 
@@ -329,16 +275,6 @@ def test_exported_bpe_splits_and_merges_as_ours_on_every_kind_of_character():
             assert exported.encode(text).ids == tokenizer.encode(text), hex(code)
     ids = list(range(256))  # no UTF-8 at all
     assert exported.decode(ids) == tokenizer.decode(ids)
-
-
-def test_exported_char_refuses_a_stranger_as_ours_does():
-    tokenizer = CharTokenizer.train("ab \n\t😀你")
-    exported = tokenizer_to_hf(tokenizer)
-    text = " a😀\n\n你\tb "
-    assert exported.encode(text).ids == tokenizer.encode(text)
-    assert exported.decode(tokenizer.encode(text)) == text
-    with pytest.raises(Exception, match="WordLevel"):
-        exported.encode("c")
 
 
 def trained_elsewhere(special, vocab_size=400):
@@ -357,202 +293,88 @@ def hf_folder(folder, made, vocab_size=None):
 
 
 def test_special_tokens_at_any_id_are_taken_and_go_out_again(tmp_path):
-    made = trained_elsewhere(["<s>", "<pad>", "</s>"])
-    hf_folder(tmp_path / "hf", made)
+    made = trained_elsewhere(["<s>", "</s>"])
+    made.add_special_tokens(["<pad>"])
+    size, text = made.get_vocab_size(), "the lazy dog 今天 é 😀\n"
+    hf_folder(tmp_path / "hf", made, size + 6)  # ids without a token
     change(tmp_path / "hf", "tokenizer_config.json", eos_token={"content": "</s>"})
     _, tokenizer = load_model(tmp_path / "hf", "cpu")
-    text = "the lazy dog 今天 é 😀\n"
     ids = made.encode(text).ids
-    assert tokenizer.encode(text) == ids and min(ids) > 2 and tokenizer.decode(ids) == text
-    assert tokenizer.decode([1, 2]) == "<pad></s>" and tokenizer.eot_id == 2
-    assert min(tokenizer.encode("<pad></s>")) > 2  # text is text
-    tokenizer.save(tmp_path / "tokenizer.json")
-    assert load_tokenizer(tmp_path / "tokenizer.json").hash() == tokenizer.hash()
+    assert tokenizer.encode(text) == ids and min(ids) > 1 and tokenizer.decode(ids) == text
+    assert tokenizer.decode([0, 1, size - 1, size]) == f"<s></s><pad><|unused {size}|>"
+    assert min(tokenizer.encode("<s></s>")) > 1 and tokenizer.eot_id == 1  # text is text
     assert cli("from_hf", tmp_path / "hf", tmp_path / "ours.pt") == 0
     to_hf(tmp_path / "ours.pt", tmp_path / "back")
     back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
-    assert back(text)["input_ids"] == ids and back.eos_token_id == 2
+    assert back(text)["input_ids"] == ids and back.eos_token_id == 1
+    _, tokenizer = load_model(hf_folder(tmp_path / "smaller", made, size - 1), "cpu")
+    assert tokenizer.vocab_size == size - 1 and tokenizer.eot_id is None  # <pad> was added later
 
 
-def test_ids_without_a_token_and_tokens_without_an_id(tmp_path):
-    made = trained_elsewhere(["<|endoftext|>"])
-    made.add_special_tokens(["<pad>"])
-    size = made.get_vocab_size()
-    _, tokenizer = load_model(hf_folder(tmp_path / "padded", made, size + 6), "cpu")
-    assert tokenizer.vocab_size == size + 6 and tokenizer.eot_id == 0
-    assert tokenizer.encode("the fox") == made.encode("the fox").ids
-    assert tokenizer.decode([size - 1, size]) == f"<pad><|unused {size}|>"
-    _, tokenizer = load_model(hf_folder(tmp_path / "without", made, size - 1), "cpu")
-    assert tokenizer.vocab_size == size - 1  # <pad> was added later
-
-
-def test_gpt2s_own_vocabulary_is_known_in_both_spellings(tmp_path, gpt2_vocabulary, capsys):
+def test_gpt2s_own_vocabulary_is_known_in_both_spellings(tmp_path, gpt2_vocabulary):
     gpt2, model = GPT2Tokenizer(), theirs(vocab_size=50257, n_embd=6)
     assert hashlib.sha256(" ".join(gpt2.tokens).encode()).hexdigest() == huggingface.GPT2_TOKENS
-    model.save_pretrained(tmp_path / "none")
-    model.save_pretrained(tmp_path / "one")
+    for name in ("none", "one", "two"):
+        model.save_pretrained(tmp_path / name)
     # as openai-community has it: made by an early version
     old = json.loads(tokenizer_to_hf(gpt2).to_str())
     old["model"]["merges"] = [f"{a} {b}" for a, b in old["model"]["merges"]]
     del old["model"]["type"], old["pre_tokenizer"]["use_regex"]
     old["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
     (tmp_path / "one" / "tokenizer.json").write_text(json.dumps(old))
-    model.save_pretrained(tmp_path / "two")
     (tmp_path / "two" / "vocab.json").write_text(json.dumps(gpt2.id_of | gpt2.special))
     merges = "".join(f"{a} {b}\n" for a, b in gpt2.merges())
     (tmp_path / "two" / "merges.txt").write_text(f"#version: 0.2\n{merges}", "utf-8")
-    for folder in ("none", "one", "two"):
-        tokenizer = load_model(tmp_path / folder, "cpu")[1]
+    for name in ("none", "one", "two"):
+        tokenizer = load_model(tmp_path / name, "cpu")[1]
         assert tokenizer.kind == "gpt2" and tokenizer.hash() == gpt2.hash()
-        assert "gpt2 tokenizer (50,257 tokens)" in capsys.readouterr().err
-    theirs_now = transformers.GPT2Tokenizer.from_pretrained(tmp_path / "two")
-    assert theirs_now("Hello  wörld 你好\n")["input_ids"] == gpt2.encode("Hello  wörld 你好\n")
-
-
-@pytest.mark.parametrize("eos", [["</s>"], {"content": ["</s>"]}, None])
-def test_without_an_end_of_text_there_is_none(tmp_path, eos):
-    hf_folder(tmp_path / "hf", trained_elsewhere(["</s>"]))
-    change(tmp_path / "hf", "tokenizer_config.json", eos_token=eos)
-    _, tokenizer = load_model(tmp_path / "hf", "cpu")
-    assert tokenizer.kind == "bpe" and tokenizer.eot_id is None
-    assert load_tokenizer(tokenizer.to_dict()).to_dict() == tokenizer.to_dict()
-
-
-@pytest.mark.parametrize("special", [[], {"<s>": "0"}, {"<s>": 258}, {"<s>": -1}, {"a": 0, "b": 0}])
-def test_bad_input_as_special_tokens_is_refused(special):
-    with pytest.raises(ValueError, match="special"):
-        load_tokenizer(BPETokenizer(SYMBOLS).to_dict() | {"special": special, "eot": None})
 
 
 FOX = {"id": 400, "content": "fox", "special": False}
 FOX |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+INEXACT = {  # what is said: the size of the model's vocabulary, what is done to the tokenizer
+    "pre_tokenizer": (400, lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True)),
+    "its normalizer cannot": (400, lambda spec: spec.update(normalizer={"type": "Lowercase"})),
+    "not made of two earlier": (401, lambda spec: spec["model"]["vocab"].update({"!#%": 400})),
+    "its merges cannot be had here": (400, lambda spec: spec["model"]["merges"].pop()),
+    "added_tokens": (401, lambda spec: spec["added_tokens"].append(FOX)),
+    "left out": (400, dict.clear),
+    "the model 300": (300, lambda spec: None),
+}
 
 
-@pytest.mark.parametrize(
-    "edit, vocab_size, said",
-    [
-        (lambda spec, _: spec["pre_tokenizer"].update(add_prefix_space=True), 400, "pre_tokenizer"),
-        (
-            lambda spec, _: spec.update(normalizer={"type": "Lowercase"}),
-            400,
-            "its normalizer cannot",
-        ),
-        (
-            lambda spec, _: spec["model"]["vocab"].update({"!#%": 400}),
-            401,
-            "not made of two earlier",
-        ),
-        (lambda spec, _: spec["model"]["merges"].pop(), 400, "its merges cannot be had here"),
-        (lambda spec, _: spec["added_tokens"].append(FOX), 401, "it looks for 'fox' in every text"),
-        (lambda spec, _: spec.clear(), 400, "left out"),
-        (lambda spec, _: None, 300, "the model 300"),
-        (
-            lambda _, settings: settings.update(add_prefix_space=True),
-            400,
-            "add_prefix_space is set",
-        ),
-    ],
-)
-def test_a_tokenizer_that_cannot_be_had_exactly_is_left_out_by_name(
-    tmp_path, from_hf, edit, vocab_size, said
-):
+@pytest.mark.parametrize("said", [*INEXACT, "add_prefix_space is set"])
+def test_a_tokenizer_that_cannot_be_had_exactly_is_left_out_by_name(tmp_path, from_hf, said):
+    vocab_size, edit = INEXACT.get(said, (400, lambda spec: None))
     folder = hf_folder(tmp_path / "hf", trained_elsewhere([]), vocab_size)
-    spec, settings = json.loads((folder / "tokenizer.json").read_text()), {}
-    edit(spec, settings)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    edit(spec)
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    change(folder, "tokenizer_config.json", **settings)
+    change(folder, "tokenizer_config.json", add_prefix_space=said not in INEXACT)
     code, lines = from_hf(folder)
     assert code == 0 and any("left out" in line and said in line for line in lines)
     assert checkpoint.load(tmp_path / "out.pt")["tokenizer"] == {}
     with pytest.raises(ValueError, match="has no tokenizer"):
         load_model(tmp_path / "out.pt", "cpu")
-    assert load_model(tmp_path / "out.pt", "cpu", need_tokenizer=False)[1] is None
 
 
 # ---------------------------------------------------------------- the hub
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class FakeHub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's HTTP as a download and an upload need; one repository, org/tiny."""
-
-    def log_message(self, *arguments):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        hub, files = self.server, self.server.files
-        hub.seen.append(self.path)
-        name = self.path.rsplit("/", 1)[1]
-        if self.path.startswith("/api/models/org/gated"):
-            self.reply(b"{}", 401, {"X-Error-Code": "GatedRepo"})
-        elif self.path.startswith("/api/models/org/tiny/tree/"):
-            tree = [{"type": "file", "path": n, "size": len(b), "oid": n} for n, b in files.items()]
-            self.reply(json.dumps(tree).encode())
-        elif self.path.startswith("/api/models/org/tiny"):
-            self.reply(json.dumps({"id": "org/tiny", "sha": COMMIT}).encode())
-        elif self.path.startswith("/org/tiny/resolve/") and name in files:
-            body = files[name][: -100 if hub.fault == "short" and self.command == "GET" else None]
-            self.reply(body, 200, {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT})
-        else:
-            self.reply(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
-
-    def do_POST(self):
-        """What upload_folder asks, in its order; the commit brings each file, base64 in a line."""
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        assert self.headers["Authorization"] == "Bearer hf_secret"
-        if self.server.fault == "forbidden":
-            return self.reply(b'{"error": "no rights"}', 403)
-        if self.path.endswith("/preupload/main"):
-            files = [{"path": file["path"]} for file in json.loads(body)["files"]]
-            plain = {"uploadMode": "regular", "shouldIgnore": False}
-            return self.reply(json.dumps({"files": [file | plain for file in files]}).encode())
-        if self.path.endswith("/commit/main"):
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.server.received[line["value"]["path"]] = content
-            answer = {
-                "commitUrl": f"{self.server.url}/org/tiny/commit/{COMMIT}",
-                "commitOid": COMMIT,
-            }
-            return self.reply(json.dumps(answer).encode())
-        return self.reply(json.dumps({"url": f"{self.server.url}/org/tiny"}).encode())
-
-    def reply(self, body, code=200, headers=None):
-        self.send_response(code)
-        for name, value in ((headers or {}) | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub on 127.0.0.1 that huggingface_hub takes for the real one, and an empty cache."""
-    from huggingface_hub import constants
+    """huggingface_hub without a network, and org/tiny in its cache, as a download leaves it."""
+    import huggingface_hub.errors
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.fault, server.seen, server.received = None, [], {}
     ours(tmp_path / "tiny.pt", CharTokenizer.train(TEXT), block_size=16)
     to_hf(tmp_path / "tiny.pt", tmp_path / "tiny")
-    server.files = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
-    server.files["pytorch_model.bin"] = b"never asked for"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    path = "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + path)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    yield server
-    server.shutdown()
-    server.server_close()
+    cached = tmp_path / "cache" / "models--org--tiny"
+    shutil.copytree(tmp_path / "tiny", cached / "snapshots" / ("5a" * 20))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("5a" * 20)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return huggingface_hub
 
 
 def same_model(tmp_path, spec):
@@ -561,60 +383,50 @@ def same_model(tmp_path, spec):
     return torch.equal(one(idx)[0], other(idx)[0])
 
 
-def test_hub_success_then_nothing_is_downloaded_twice_then_offline(
-    hub, tmp_path, monkeypatch, capsys, from_hf
+def test_hub_models_come_from_the_cache_and_no_pickle_is_asked_for(
+    hub, tmp_path, monkeypatch, from_hf
 ):
     assert same_model(tmp_path, "org/tiny")
-    assert "model      org/tiny\n" in capsys.readouterr().err
-    fetched = [path for path in hub.seen if "resolve" in path]
-    assert not any("pytorch_model" in path for path in fetched)
-    hub.seen.clear()
-    assert same_model(tmp_path, "org/tiny")
-    assert not any("resolve" in path for path in hub.seen)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    hub.seen.clear()
-    assert same_model(tmp_path, "org/tiny") and hub.seen == []
     code, [line] = from_hf("org/other")
-    assert code == 2 and "HF_HUB_OFFLINE is set" in line
+    assert code == 2 and "org/other: HF_HUB_OFFLINE is set" in line
+    download = Mock(return_value=str(tmp_path / "tiny"))
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert same_model(tmp_path, "gpt2") and download.call_args.args == ("openai-community/gpt2",)
+    wanted = download.call_args.kwargs["allow_patterns"]
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in wanted)
 
 
-@pytest.mark.parametrize(
-    "fault, name, said",
-    [
-        ("short", "org/tiny", "should be of size"),
-        (None, "org/none", "not found on the hub"),
-        (None, "org/gated", "access is by request"),
-        ("gone", "org/tiny", "the hub cannot be reached"),
-    ],
-)
-def test_hub_failures_are_one_line_and_exit_2(hub, monkeypatch, from_hf, fault, name, said):
-    hub.fault = fault
-    if fault == "gone":
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    code, [line] = from_hf(name)
-    assert code == 2 and f"{name}: " in line and said in line
+FAILURES = {
+    "not found on the hub": lambda errors: errors.RepositoryNotFoundError("", response=Mock()),
+    "access is by request": lambda errors: errors.GatedRepoError("", response=Mock()),
+    "the same command tries again: cut short": lambda errors: OSError("cut short"),
+}
 
 
-def test_push_uploads_the_folder_as_it_is(hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    words = ("to_hf", tmp_path / "tiny.pt", tmp_path / "pushed", "--push", "org/tiny")
-    assert cli(*words) == 0
-    there = {path.name: path.read_bytes() for path in (tmp_path / "pushed").iterdir()}
-    assert hub.received == there and len(there) == 6
-    assert f"pushed     {hub.url}/org/tiny" in capsys.readouterr().err
-    card = there["README.md"].decode()
-    assert 'from_pretrained("org/tiny")' in card and "# tiny" in card
+@pytest.mark.parametrize("said", FAILURES)
+def test_hub_failures_are_one_line_and_exit_2(hub, monkeypatch, from_hf, said):
+    monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=FAILURES[said](hub.errors)))
+    code, [line] = from_hf("org/tiny")
+    assert code == 2 and line.startswith("error: org/tiny: ") and said in line
 
 
-def test_bad_input_to_push_is_one_line_and_keeps_the_folder(hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    words = ["to_hf", tmp_path / "tiny.pt", tmp_path / "pushed", "--push"]
+def test_push_uploads_the_folder_or_is_one_line(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "HfApi", Mock())
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    api, pushed = hub.HfApi.return_value, tmp_path / "pushed"
+    api.create_repo.return_value = "https://hub/org/tiny"
+    words = ["to_hf", tmp_path / "tiny.pt", pushed, "--push"]
     for name, said in (("org/tiny", "no token; `hf auth login`"), ("tiny", "must be a name on")):
         assert cli(*words, name) == 2 and said in capsys.readouterr().err
-        assert not (tmp_path / "pushed").exists()
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    hub.fault = "forbidden"
-    assert cli(*words, "org/tiny") == 2
+    assert not pushed.exists()
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_secret")
+    assert cli(*words, "org/tiny") == 0
+    assert "pushed     https://hub/org/tiny" in capsys.readouterr().err
+    sent = api.upload_folder.call_args.kwargs
+    assert (sent["repo_id"], sent["folder_path"]) == ("org/tiny", pushed)
+    assert len(os.listdir(pushed)) == 6 and same_model(tmp_path, pushed)
+    assert '("text-generation", "org/tiny")' in (pushed / "README.md").read_text()
+    api.create_repo.side_effect = OSError("no rights")
+    assert cli("to_hf", tmp_path / "tiny.pt", tmp_path / "kept", "--push", "org/tiny") == 2
     assert "error: org/tiny: the transfer failed, `hf upload org/tiny" in capsys.readouterr().err
-    assert same_model(tmp_path, tmp_path / "pushed") and hub.received == {}
+    assert same_model(tmp_path, tmp_path / "kept")

@@ -4,7 +4,6 @@ The processes are forked children on one thread each that exchange through gloo,
 would; where torchrun itself is the point, it is started.
 """
 
-import copy
 import math
 import os
 import re
@@ -22,7 +21,7 @@ import torch
 import torch._dynamo.backends.distributed  # these: once here, not in every child
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
-from conftest import ROOT, in_child, in_processes, same
+from conftest import ROOT, in_child, in_processes
 from test_train import (
     assert_same_run,
     during,
@@ -36,11 +35,7 @@ from test_train import (
     undisturbed,
 )
 
-import model
-import train as training
-from data import BatchSampler, TokenDataset
 from logger import rank
-from parallel import full_state, load_full_state, process_group
 
 KILLED = -signal.SIGKILL
 TWO = ("--standalone", "--nproc_per_node", "2")  # processes that meet at a free port
@@ -81,6 +76,8 @@ def test_two_processes_give_the_losses_and_weights_of_one(config, optimizer):
     assert in_child(main, config) == 0
     for parallel in ("ddp", "fsdp"):
         two = replace(elsewhere(config, f"{config.log_dir}/{parallel}"), parallel=parallel)
+        recompute = parallel == "fsdp"  # which changes no number
+        two = replace(two, activation_checkpointing=recompute)
         assert in_processes(2, main, two) == [0, 0]
         assert_equal_up_to_rounding(config, two)
 
@@ -113,26 +110,9 @@ def test_resume_is_bit_exact_with_three_processes(config):
     assert_same_run(config, other)
 
 
-def test_recomputed_activations_change_no_number(config):
-    config = replace(config, dropout=0.1, max_iters=10)
-    assert in_child(main, config) == 0
-    thrifty = elsewhere(config, f"{config.log_dir}/thrifty")
-    assert in_child(main, replace(thrifty, activation_checkpointing=True)) == 0
-    assert_same_run(config, thrifty)
-    fsdp = replace(elsewhere(config, f"{config.log_dir}/fsdp"), parallel="fsdp")
-    assert in_processes(2, main, replace(fsdp, activation_checkpointing=True)) == [0, 0]
-    assert_equal_up_to_rounding(config, fsdp)
-
-
-def test_fsdp_in_bfloat16_keeps_float32_weights_moments_and_angles(config):
+def test_fsdp_in_bfloat16_keeps_float32_weights_and_moments(config):
     config = replace(config, dtype="bfloat16", parallel="fsdp", position="rope", max_iters=10)
-
-    def watched():
-        angles, rotate = set(), model.apply_rotary
-        model.apply_rotary = lambda *x: angles.update(y.dtype for y in x[1:]) or rotate(*x)
-        return main(config) or angles != {torch.float32}
-
-    assert in_processes(2, watched) == [0, 0]
+    assert in_processes(2, main, config) == [0, 0]
     state = saved(config)
     tensors = [*state["model"].values(), *state["optimizer"]["transformer.wte.weight"].values()]
     assert {t.dtype for t in tensors} == {torch.float32}
@@ -162,71 +142,20 @@ def test_compiled_processes_give_the_numbers_of_one_plain_one(config, parallel, 
             assert one[key] == pytest.approx(other[key], abs=1e-5)
 
 
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_compiled_ddp_is_split_where_its_buckets_end_and_changes_no_number(config, killed):
-    """So that gradients are exchanged while the backward pass goes on. Compiled as far as graphs,
-    which need no compiler; killed and resumed, and then with activation checkpointing.
-    """
-    config = replace(config, n_embd=128, max_iters=6, lr_decay_iters=6, eval_interval=3)
-    config = replace(config, activation_checkpointing=killed)
-    plain = elsewhere(config, f"{config.log_dir}/plain")
-    assert in_processes(2, main, plain) == [0, 0]
-    compiled, compile_graph = replace(config, compile=True), torch.compile
-
-    def split(run, *arguments):
-        graphs = []  # of forward passes that a backward pass follows
-        backend = lambda graph, _: graphs.append(torch.is_grad_enabled()) or graph  # noqa: E731
-        trial = torch.exp
-        torch.compile = lambda it: it if it is trial else compile_graph(it, backend=backend)
-        code = run(compiled, *arguments)
-        return code or sum(graphs) < 2
-
-    if killed:
-        assert in_processes(2, split, killed_early, 4) == [KILLED] * 2
-    assert in_processes(2, split, main) == [0, 0]
-    assert_same_run(compiled, plain)
-
-
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_where_one_process_cannot_compile_none_does(config, capfd, parallel):
+def test_where_one_process_cannot_compile_none_does(config, capfd):
     """A stand-in for torch.compile: it fails in process 1, and does nothing in process 0."""
 
     def no_compiler(*arguments):
-        raise RuntimeError("no compiler")
+        raise RuntimeError("no compiler\nlong story")
 
     def patched():
         torch.compile = lambda model: model if rank() == 0 else no_compiler
-        return main(replace(config, compile=True, max_iters=2, parallel=parallel, peer_timeout=10))
+        return main(replace(config, compile=True, max_iters=2, peer_timeout=10))
 
     assert in_processes(2, patched) == [0, 0]
     err = capfd.readouterr().err
-    assert "torch.compile does not work here (no compiler)" in err and ", compiled" not in err
-
-
-# ---------------------------------------------------------------- who holds the state
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_only_rank_0_ever_has_the_full_state(config, optimizer):
-    """What fsdp has sharded is gathered there alone, and from there the others get their shards."""
-    config = replace(config, parallel="fsdp", optimizer=optimizer, max_iters=2)
-
-    def check():
-        with process_group(torch.device("cpu")):
-            built, build = [], training.build_state
-            training.build_state = lambda *how: built.append((how, build(*how))) or built[0][1]
-            training.train(config)
-            (given, device, sampler, _, _), state = built[0]
-            weights, moments = full_state(state.model, state.optimizer)
-            assert bool(weights) == bool(moments) == (rank() == 0)
-            expected = copy.deepcopy((weights, moments))
-            other = build(replace(given, seed=3), device, sampler)
-            load_full_state(other.model, other.optimizer, weights, moments or True)
-            assert same(full_state(other.model, other.optimizer), expected)
-            for one, two in zip(state.model.parameters(), other.model.parameters(), strict=True):
-                assert torch.equal(one.to_local(), two.to_local())
-
-    assert in_processes(2, check) == [0, 0]
+    said = "torch.compile does not work here (no compiler); training goes on without it"
+    assert err.count(said) == 1 and ", compiled" not in err
 
 
 # ---------------------------------------------------------------- what is refused
@@ -236,7 +165,6 @@ def test_only_rank_0_ever_has_the_full_state(config, optimizer):
     "change, more, words",
     [
         ({"gradient_accumulation_steps": 3}, [], ["--gradient_accumulation_steps 3", "2 of them"]),
-        ({"parallel": "fsdp", "dtype": "float16"}, [], ["--dtype float16", "--parallel fsdp"]),
         ({}, ["--data", "novel.txt"], ["--data novel.txt", "prepare_data.py"]),
     ],
 )
@@ -278,18 +206,6 @@ def test_a_number_that_is_not_finite_in_one_process_stops_all_before_the_step(co
     assert saved(config, "checkpoint.pt")["step"] == 6
     err = capfd.readouterr().err
     assert err.count("error:") == 1 and "in step 7" in err
-
-
-def test_what_is_wrong_with_the_data_of_one_process_is_said_by_it(config, capfd):
-    tokens, sizes = TokenDataset(config.data_dir).train, (config.block_size, config.batch_size)
-    sampler = BatchSampler(tokens, *sizes, 4, config.seed, rank=1, world_size=2)
-    place = sampler.starts(5)[0] + 8  # in the first batch of process 1 at step 6
-    path = Path(config.data_dir) / "train.bin"
-    data = bytearray(path.read_bytes())
-    data[2 * place : 2 * place + 2] = b"\xff\xff"
-    path.write_bytes(data)
-    assert in_processes(2, main, replace(config, peer_timeout=5)) == [1, 2]
-    assert f"process 1: error: token id 65535 at position {place}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("lost", [1, 2])
@@ -355,8 +271,7 @@ def test_two_nodes_give_the_numbers_of_one_and_survive_the_loss_of_one(config):
     step = saved(long, "checkpoint.pt")["step"]
     again = torchrun(replace(long, max_iters=step + 20), *TWO)
     err = again.communicate(timeout=100)[1]
-    assert again.returncode == 0 and f"step {step}" in err
-    assert step >= 20 and saved(long)["step"] == step + 20
+    assert again.returncode == 0 and f"step {step}" in err and saved(long)["step"] == step + 20
 
 
 def two_nodes(config):

@@ -1,38 +1,30 @@
 """Weights for generating on a CPU: the numbers are those of the plain layers, but for rounding."""
 
 import copy
+import time
 
 import pytest
 import torch
 
 import quantize
 from config import GPT2Config
-from model import GPT2
+from model import GPT2, KVCache
 from sampling import Sampling, generate_ids, prefill
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    sizes = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 40}
-    model = GPT2(GPT2Config(**sizes)).eval()
+    model = GPT2(GPT2Config(40, block_size=16, n_layer=2, n_head=2, n_embd=32)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3).add_(torch.randn_like(parameter) * 0.05)
+        model.lm_head.weight[7] = 0  # a row without a range
     return model
 
 
 def layers_of(model, kind):
     return [layer for layer in model.modules() if isinstance(layer, kind)]
-
-
-def test_rows_are_rounded_by_at_most_half_a_scale():
-    weight = torch.randn(50, 30)
-    weight[7] = 0
-    rounded, scale = quantize.quantize_rows(weight)
-    assert rounded.dtype == torch.int8 and rounded[0].abs().max() == 127
-    error = (rounded * scale[:, None].double() - weight).abs()
-    assert (error <= scale[:, None] * 0.5001).all() and not rounded[7].any()
 
 
 @pytest.mark.filterwarnings("error")
@@ -48,13 +40,8 @@ def test_int8_weights_predict_as_float32_does(model):
     assert (logits - expected).norm() < 0.05 * expected.norm()
     assert abs(loss / expected_loss - 1) < 0.01
     assert len(list(generate_ids(model, [[1], [2, 3]], Sampling(30)))) == 30
-
-
-def test_int8_is_for_a_cpu():
-    with torch.device("meta"):
-        model = GPT2(GPT2Config(n_layer=1))
     with pytest.raises(ValueError, match="--dtype int8: for a CPU, not meta"):
-        quantize.to_int8(model)
+        quantize.to_int8(plain.to("meta"))
 
 
 def test_packed_weights_multiply_as_before(model):
@@ -73,3 +60,41 @@ def test_packed_weights_multiply_as_before(model):
             logits, expected = prefill(packed, prompts), prefill(plain, prompts)
             assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
     assert len(list(generate_ids(packed, [[1], [2, 3], [4]], Sampling(30, 0.9)))) == 30
+
+
+@pytest.mark.parametrize("slow, chosen", [(2, 1), (1, 2)])
+def test_decoding_takes_as_many_threads_as_are_fastest(model, slow, chosen):
+    """Beside another program two may be slower than one; afterwards there are as many as before."""
+    used, before = [], torch.get_num_threads()
+
+    def decode(idx):
+        used.append(torch.get_num_threads())
+        time.sleep(0.01 * (used[-1] == slow))
+        if len(used) == 80:
+            raise KeyboardInterrupt
+
+    torch.set_num_threads(2)
+    try:
+        timed = quantize.with_best_threads(quantize.to_int8(model), decode)
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                timed(None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    trial = [2, 2, 1, 1]
+    assert used == trial + [chosen] * 60 + trial + [chosen] * 12
+
+
+@pytest.mark.parametrize("make", [quantize.to_int8, torch.nn.Module.bfloat16])
+def test_the_number_of_threads_changes_no_number(model, make):
+    model, before, found = make(model), torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            cache = KVCache(model.config, 2, 16)
+            with torch.inference_mode():
+                found.append([model(torch.full((2, 1), i), cache=cache)[0] for i in range(16)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))

@@ -8,7 +8,6 @@ docs/scaling.md explains the formulas, under the same letters.
 
 import bisect
 import math
-import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +15,7 @@ import torch
 
 from bench import columns, publish, settings
 from config import GPT2_CONFIGS
-from logger import human_time, run
+from logger import human_time
 from model import GPT2
 from optim import ORTHOGONALIZE_AT_ONCE
 from options import integer, number
@@ -114,14 +113,14 @@ def peak_memory(config, model, gpus) -> dict:
     block += h * config.n_head * T * T * (config.position == "alibi" and h < w)
     inputs = L * B * T * C * (h if fsdp else w)
     kept = B * T * C * (w + h) + (inputs if recompute else L * block)
-    logits, part = h * B * T * V, 8 * min(B * T * V, 2**24)
+    scores, compiled = B * T * V, config.compile is not False  # compiled on CUDA by default
     batch = max(4 * C * C, min(ORTHOGONALIZE_AT_ONCE["cuda"], M // 3))  # a third has one shape
 
     always = {"weights": w * N * share, "optimizer": w * (2 * N - M * muon) * share}
     names = ("gradients", "weights in use", "activations", "logits and loss", "orthogonalizing")
     moments = {
-        "forward": (before, cast, kept, logits + part),
-        "loss": (before, cast_later, kept, 2 * logits + part),
+        "forward": (before, cast, kept, scores * (h if compiled else 2 * w + h * (h < w))),
+        "loss": (before, cast_later, kept, scores * (2 * h if compiled else 3 * w)),
         "embedding": (after + table * (2 if before else 1), 0, block + B * T * C * (w + 5 * h), 0),
         "update": (after, 0, 0, 0, *[w * M + batch * (w + 4 * h)] * muon),
     }
@@ -163,11 +162,7 @@ def plan_text(report) -> str:
     return f"{text}\n{columns({'GB a process': plans} | rows)}"
 
 
-def main(argv=None) -> int:
+def main(argv) -> int:
     options, config = plan_settings(argv)
     publish(plan_text, "plan", options, config, make_plan(options, config))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -17,24 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from bench_train import as_nanogpt, nanogpt_model, training_step
 
-from bench import (
-    HERE,
-    Compared,
-    as_nanogpt,
-    machine,
-    nanogpt_model,
-    on_cuda,
-    on_device,
-    publish,
-    settings,
-    spinning,
-    table,
-    training_step,
-)
+from bench import HERE, Compared, on_cuda, run_work, spinning
 from config import GPT2Config, derived
 from data import TokenDataset, validation_starts, windows_at
-from logger import run
 from optim import learning_rate
 from options import integer, number
 from utils import autocast, to_device
@@ -112,14 +99,6 @@ def nanogpt_curve(options, config) -> list[tuple[float, float]]:
     return curve
 
 
-def main(argv=None) -> int:
-    usage = "bench.py to_loss LOSS [--nanogpt DIR] [--data_dir DIR]"
-    options, config, _ = settings(argv, __doc__, LossOptions, usage)
-    config = on_device(config)
-    report = {"machine": machine(torch.device(config.device))} | race(options, config)
-    publish(table, "to_loss", options, config, report)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))
+def main(argv) -> int:
+    usage = "LOSS [--nanogpt DIR] [--data_dir DIR]"
+    return run_work("to_loss", argv, __doc__, LossOptions, race, usage)

@@ -6,7 +6,6 @@ python bench.py gpu --dry_run    # each stage with a tiny model on a CPU: does i
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -20,8 +19,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from plan import peak_memory
-from to_loss import LossOptions, race
+from bench_generate import (
+    GenerateOptions,
+    compare_generating,
+    others,
+    ours_generating,
+    read_bandwidth,
+)
+from bench_plan import peak_memory
+from bench_to_loss import LossOptions, race
+from bench_train import TrainOptions, compare_training, gemm_flops, ours_training
 from torch.profiler import ProfilerActivity
 
 import checkpoint
@@ -29,31 +36,20 @@ import optim
 import sampling
 from bench import (
     HERE,
-    BenchOptions,
     Compared,
-    as_nanogpt,
-    bench_train,
     compare,
-    compare_generating,
-    gemm_flops,
-    late_over_early,
     least_seconds,
     machine,
-    nanogpt_generating,
     on_cuda,
     on_device,
-    ours_generating,
-    ours_training,
     own_process,
-    read_bandwidth,
     settings,
     synchronize,
     table,
-    transformers_generating,
 )
 from config import GPT2_CONFIGS, apply_preset
 from files import open_to_append, writing
-from logger import log, log_row, run
+from logger import log, log_row
 from model import GPT2
 from options import number
 from train import train
@@ -69,11 +65,10 @@ def sized(options, config, preset=None, **values):
     return replace(config, **values | (TINY if options.dry_run else {}))
 
 
-def turns(options, **values) -> BenchOptions:
-    if options.dry_run:
-        values |= {"steps": 1, "new_tokens": 4}
-    samples = 1 if options.dry_run else 3
-    return BenchOptions(work="train", nanogpt=options.nanogpt, samples=samples, **values)
+def steps(options, count) -> TrainOptions:
+    """Turns of so many steps each; one of one in a dry run."""
+    samples, count = (1, 1) if options.dry_run else (3, count)
+    return TrainOptions(nanogpt=options.nanogpt, samples=samples, steps=count)
 
 
 # ---------------------------------------------------------------- the stages
@@ -90,24 +85,24 @@ def limits(options, config):
 def train_12(options, config):
     """training 124M, 12 x 1,024 tokens a step: tokens/s, MFU, memory; free: not deterministic"""
     config = sized(options, config, batch_size=12)
-    return training(WAYS, turns(options, steps=20), config)
+    return training(WAYS, steps(options, 20), config)
 
 
 def train_64(options, config):
     """the same with 64 x 1,024 tokens"""
     config = sized(options, config, batch_size=64)  # more than three do not fit together
-    return training(("ours", "ours free"), turns(options, steps=10), config)
+    return training(("ours", "ours free"), steps(options, 10), config)
 
 
 def cudnn_64(options, config):
     """the same with cuDNN's attention, which has no deterministic way"""
     config = sized(options, config, batch_size=64)
-    return training(["cuDNN free"], replace(turns(options, steps=10), nanogpt=None), config)
+    return training(["cuDNN free"], replace(steps(options, 10), nanogpt=None), config)
 
 
 def training(ways, options, config):
     contenders = {name: (WAYS[name][0], replace(config, **WAYS[name][1])) for name in ways}
-    report = bench_train(options, config, contenders)
+    report = compare_training(options, config, contenders)
     peak = peak_flops(torch.device(config.device), config.dtype)
     for result in report["results"].values():
         result["mfu"] = peak and result["utilisation"] * report["gemm_flops"] / peak
@@ -171,11 +166,8 @@ def tensors(state) -> dict:
 
 
 def generate_1(options, config):
-    """200 tokens of 124M, one stream: graphed, plain, others; position 1,000 over 100"""
-    report = generating(options, config, 1)
-    if not options.dry_run:
-        report["late_over_early"] = late_over_early(turns(options), config)
-    return report
+    """200 tokens of 124M, one stream: graphed, plain, others"""
+    return generating(options, config, 1)
 
 
 def generate_8(options, config):
@@ -184,12 +176,11 @@ def generate_8(options, config):
 
 
 def generating(options, config, streams):
+    samples, new_tokens = (1, 4) if options.dry_run else (3, 200)
+    how = {"nanogpt": options.nanogpt, "samples": samples, "new_tokens": new_tokens}
+    how = GenerateOptions(**how, streams=streams, nanogpt_share=4)
     contenders = {"ours": (ours_generating, config), "ours plain": (plain_generating, config)}
-    if importlib.util.find_spec("transformers"):
-        contenders["transformers"] = transformers_generating, config
-    if options.nanogpt:
-        contenders["nanoGPT"] = nanogpt_generating, as_nanogpt(config)
-    return compare_generating(contenders, turns(options, streams=streams, nanogpt_share=4), config)
+    return compare_generating(contenders | others(how, config), how, config)
 
 
 def plain_generating(options, config):
@@ -209,7 +200,7 @@ def shakespeare(options, config):
 def xl(options, config):
     """the most memory of a step of gpt2-xl, 12 x 1,024 tokens, eager, beside the plan's"""
     config = sized(options, config, "gpt2-xl", compile=False, gradient_accumulation_steps=1)
-    ours_training(turns(options, steps=2), config)()
+    ours_training(steps(options, 2), config)()
     with torch.device("meta"):
         planned = peak_memory(config, GPT2(config), gpus=1)["bytes"] / 1e6
     most = {"measured": peak_mb(torch.device(config.device)), "planned": planned}
@@ -219,7 +210,7 @@ def xl(options, config):
 def muon(options, config):
     """Muon's update of 124M by how many numbers it orthogonalizes at once"""
     contenders = {f"2^{n}": (partial(muon_update, 2**n), config) for n in (21, 24, 26)}
-    return {"unit": "updates", "results": compare(contenders, turns(options, steps=10))}
+    return {"unit": "updates", "results": compare(contenders, steps(options, 10))}
 
 
 def muon_update(most, options, config):
@@ -243,7 +234,7 @@ def profiles(options, config):
     """kernels of a step of 124M, compiled and eager, and of shakespeare-gpu's whole loop"""
     results = {}
     for name, compiled in (("compiled", config.compile), ("eager", False)):
-        sample = ours_training(turns(options, steps=3), replace(config, compile=compiled))
+        sample = ours_training(steps(options, 3), replace(config, compile=compiled))
         sample()
         results[name] = kernels(sample, config)
     with tempfile.TemporaryDirectory() as folder:
@@ -298,7 +289,7 @@ class GpuOptions(Compared):
     dry_run: bool = False  # tiny, on a CPU
 
 
-def main(argv=None) -> int:
+def main(argv) -> int:
     about = [f"    {name:12} {stage.__doc__}" for name, stage in STAGES.items()]
     doc = "\n".join([__doc__.rstrip(), "    stages:", *about])
     usage = "bench.py gpu [--save FILE] [--nanogpt DIR] [any setting of train.py]"
@@ -349,7 +340,7 @@ def keep(options, record):
 
 
 def about_machine(config) -> dict:
-    about = machine(torch.device(config.device))
+    about = machine(config)
     if on_cuda(config):
         about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         ask = ["nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm"]
@@ -366,7 +357,3 @@ def prepare(options, config):
     command += ["--tokenizer", "char"]
     command += ["--input", str(HERE / "data" / "sonnets.txt")] if options.dry_run else []
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))
