@@ -49,8 +49,9 @@ def read_archive(file, size: int):
         for record in records:
             read = torch.empty(record.file_size, dtype=torch.uint8)
             with archive.open(record) as opened:
-                if opened.readinto(read.numpy()) != record.file_size:
-                    raise zipfile.BadZipFile
+                for part in read.split(1 << 20):  # zipfile copies what it reads at once
+                    if opened.readinto(part.numpy()) != len(part):
+                        raise zipfile.BadZipFile
             content[record.filename.rpartition("/")[2]] = read
     if len(content["data.pkl"]) > MOST_PICKLE:
         raise ValueError("its pickle is too large")
@@ -96,12 +97,12 @@ def read_pickle(pickled: bytes, storages: dict, room: int):
                 stack[-1].update(zip(taken[::2], taken[1::2], strict=True))
             case "GLOBAL" if argument in (ORDERED, REBUILD, *STORAGES):
                 stack.append(argument)
-            case "BINPERSID":
+            case "BINPERSID" if type(taken[0]) is tuple:  # a tensor would fall into its elements
                 _, kind, key, *_ = taken[0]
                 stack.append([storages[key].view(STORAGES[kind])])  # in a list: no tensor yet
             case "REDUCE" if taken == [ORDERED, ()]:
                 stack.append({})
-            case "REDUCE" if taken[0] == REBUILD:
+            case "REDUCE" if taken[0] == REBUILD and type(taken[1][0]) is list:
                 (storage,), offset, shape, stride, *_ = taken[1]
                 stack.append(storage.as_strided(shape, stride, offset))
                 room -= stack[-1].nbytes

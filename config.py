@@ -96,7 +96,7 @@ class GPT2Config:
 
 
 # Presets never set derived fields (min_lr, warmup_iters, dtype ...). "gpt2" repeats the default of
-# every field that another preset changes, so that edited_fields finds the defaults edited above.
+# every field that a preset or a model sets, so that edited_fields finds the defaults edited above.
 GPT2_CONFIGS = {
     "gpt2": {
         "block_size": 1024,
@@ -104,6 +104,8 @@ GPT2_CONFIGS = {
         "n_head": 12,
         "n_embd": 768,
         "dropout": 0.0,
+        "bias": True,
+        "position": "learned",
         "gelu": "tanh",
         "batch_size": 12,
         "gradient_accumulation_steps": 40,

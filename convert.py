@@ -88,7 +88,7 @@ A GPT-2: {facts}. {training}
 ```python
 from transformers import pipeline
 
-print(pipeline("text-generation", "{repo}")("Once")[0]["generated_text"])
+print(pipeline("text-generation", "{repo}")("Once", max_new_tokens=50)[0]["generated_text"])
 ```
 """
 
@@ -156,8 +156,7 @@ def to_gguf(spec, path, kind: str = "f32"):
         writer.close()
         found = gguf.GGUFReader(file.name)
         same = [np.array_equal(tensor.data, tensors[tensor.name]) for tensor in found.tensors]
-        for key, field in writer.kv_data[0].items():
-            same.append(found.fields[key].contents() == field.value)
+        same += [found.fields[key].contents() == f.value for key, f in writer.kv_data[0].items()]
         if not all(same) or len(found.tensors) < len(tensors):
             raise OSError("what was read back is not what was written")
     log_row("wrote", f"{path}: {kind}, {len(tensors)} tensors, read back and compared", "green")

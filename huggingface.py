@@ -29,6 +29,7 @@ GPT2_TOKENS = "0ffec638c558c04f8109a85e6f929045ccc4dfd3c19dacd20700b60cef5b5575"
 SIZES = {"block_size": "n_positions"} | {  # ours: theirs
     name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")
 }
+SAME = {"gelu_new": "gelu_pytorch_tanh"}  # two names there of one function
 HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS if "gpt2" in name} | {
     "distilgpt2": "distilbert/distilgpt2"
 }
@@ -70,7 +71,7 @@ def read_hf(folder: Path, name: str):
     further; the tokenizer is None if none of ours does the same. `name`: what messages call it.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{name}: no config.json, so no folder of Hugging Face's")
+        raise ValueError(f"{name}: a folder with no config.json; name a checkpoint's .pt file")
     config = config_from_hf(files.read_json(folder / "config.json"), name)
     safetensors, tensors = files.optional("safetensors"), {}
     paths = [*folder.glob("model.safetensors")] or [*folder.glob("model-*-of-*.safetensors")]
@@ -97,7 +98,7 @@ def config_from_hf(found: dict, name: str) -> GPT2Config:
     config = GPT2Config(**sizes, bias=True, position="learned", gelu=gelu)
     lines = [problem.message.removeprefix("--") for problem in problems(config)]
     for key, value in config_to_hf(config).items():
-        if found.get(key, value) != value:
+        if found.get(key, value) not in (value, SAME.get(value, value)):
             lines.append(f"{key} {found[key]!r}, only {value} can be converted")
     if lines:
         raise ValueError("\n".join(f"{name}: config.json: {line}" for line in lines))
@@ -217,12 +218,15 @@ def read_hf_tokenizer(folder: Path, vocab_size: int):
     try:
         if whole.is_file():
             spec = files.read_json(whole)
-            if spec.get("normalizer"):  # some make the library panic
-                raise ValueError("its normalizer cannot be had here exactly")
+            # some of these make the library panic
+            if spec.get("normalizer") or spec["model"].get("continuing_subword_prefix"):
+                raise ValueError("its normalizer or prefix cannot be had here exactly")
             if any(len(str(token)) > 2000 for token in spec.get("added_tokens") or ()):
                 raise ValueError("it has a special token of more than 1,000 characters")
             found = tokenizers.Tokenizer.from_file(str(whole))
         else:
+            for path in parts:  # no FIFO, nothing without an end
+                files.open_file(path, files.MOST_JSON).close()
             found = tokenizers.ByteLevelBPETokenizer.from_file(*map(str, parts))
             found.add_special_tokens([END_OF_TEXT])
         path = folder / "tokenizer_config.json"
@@ -243,17 +247,20 @@ def tokenizer_from_hf(found: dict, settings: dict, vocab_size: int):
     for flag in ("add_prefix_space", "add_bos_token"):
         if settings.get(flag):
             raise ValueError(f"{flag} is set")
+    if (model := found["model"]["type"]) not in ("BPE", "WordLevel"):
+        raise ValueError(f"its model is {model}")
     theirs, added = _parts(found), found["added_tokens"]
     ids = theirs["vocab"]
     special = {token["content"]: token["id"] for token in added if token["id"] < vocab_size}
-    if not 0 <= vocab_size - len(ids) - len(special) <= MOST_SPECIAL:
+    most = min(vocab_size, len(ids) + len(special) + MOST_SPECIAL + 1)  # size may be any number
+    unused = set(range(most)) - set(ids.values()) - set(special.values())
+    if not vocab_size - len(ids) - len(special) == len(unused) <= MOST_SPECIAL:
         raise ValueError(f"it has {len(ids):,} tokens, the model {vocab_size:,}")
-    unused = set(range(vocab_size)) - set(ids.values()) - set(special.values())
     special |= {f"<|unused {i}|>": i for i in sorted(unused)}
     tokens = sorted(ids, key=ids.get)
     spelt, eot = " ".join(tokens), settings.get("eos_token", END_OF_TEXT)
     is_gpt2 = hashlib.sha256(spelt.encode()).hexdigest() == GPT2_TOKENS
-    if found["model"]["type"] == "WordLevel" and not special:
+    if model == "WordLevel" and not special:
         made = CharTokenizer.from_dict({"characters": tokens})
     elif is_gpt2 and special == {END_OF_TEXT: GPT2_SIZE - 1}:
         made = GPT2Tokenizer(tokens)

@@ -134,8 +134,8 @@ def quoted(*words) -> str:
 def from_here(path):
     """path as it is typed: relative to this folder, or only its name if the shell finds it."""
     path, here = Path(path), Path.cwd()
-    if shutil.which(path.name) == str(path):
-        return path.name
+    if shutil.which(path.name) == str(path) or not path.exists():
+        return path.name.removesuffix(".exe")
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
@@ -240,12 +240,13 @@ def _show_error(error, code):
     if isinstance(error, OSError) and error.strerror:
         lines = [f"{error.filename}: {error.strerror}" if error.filename else error.strerror]
     for line in lines:
-        log(line, label, "red", every_rank=True)
+        log(line[:1000], label, "red", every_rank=True)  # a file's content may be in it
 
 
 # ---------------------------------------------------------------- the log of a run
 
 TAGS = {"loss": "loss/train", "val_loss": "loss/val"}  # of records; the others are their own
+OWNER = ".checkpoint_dir"  # in a run's folder: whose run it is
 MOST_METRICS = 1 << 28  # bytes
 
 
@@ -265,18 +266,20 @@ def open_run(log_dir, checkpoint_dir, name: str | None, step: int, wanted: str |
     """
     dated = Path(log_dir, time.strftime("%Y-%m-%d_%H-%M-%S"))
     before = folder = Path(log_dir, name or dated.name)
-    owner = checkpoint_dir
+    owner = here = os.path.realpath(checkpoint_dir)
     with contextlib.suppress(OSError, ValueError):
-        owner = str(files.read_json(before / "config.json").get("checkpoint_dir"))
+        owner = files.read_text(before / OWNER)
     if wanted not in (None, name):
         folder = Path(log_dir, wanted)
         if (folder / "metrics.jsonl").exists():
             raise ValueError(f"--run_name {wanted}: {folder} holds a run; choose another name")
-    elif name is None or os.path.abspath(owner) != os.path.abspath(checkpoint_dir):
+    elif name is None or owner != here:
         folder = files.free_name(dated)
     if name is not None and folder != before:
         log_row("run", f"{folder} goes on from step {step:,} of {before}, which stays as it is")
     with files.lock(files.own_folder(folder)):
+        with files.atomic_write(folder / OWNER, "w") as file:
+            file.write(here)
         records, problem = read_metrics(before / "metrics.jsonl")
         if problem and folder == before:
             aside = files.free_name(folder / "metrics.jsonl.damaged")

@@ -202,7 +202,7 @@ def application(model, tokenizer, name, hosts):
         middleware=[Middleware(trustedhost.TrustedHostMiddleware, allowed_hosts=hosts)],
         exception_handlers={
             kind: lambda request, error: say(str(error) or "too slow", 400)
-            for kind in (ValueError, TimeoutError)
+            for kind in (ValueError, TimeoutError, torch.OutOfMemoryError)
         },
         max_body_size=REQUEST_BYTES,
     )

@@ -251,8 +251,8 @@ def prepare(options) -> Meta:
         settings["tokenizer"] = kind if kind == "gpt2" else f"{kind} {given.hash()}"
     found, on_hub = sources.find_files(options.input or []), options.dataset in HUB_DATASETS
     of_parquet = on_hub or (found and PARQUET.search(found[0][0]))
-    if of_parquet and kind == "char":
-        raise ValueError(f"--tokenizer {options.tokenizer}: is for text files; use gpt2 or bpe")
+    if of_parquet and (kind == "char" or options.encoding):
+        raise ValueError("--encoding and --tokenizer char are for text files; use gpt2 or bpe")
     with files.lock(data_dir):
         finish_moving(folder)
         if options.dataset == "shakespeare":
@@ -275,6 +275,9 @@ def prepare(options) -> Meta:
         source = form(origins, fetch, options)
         if state:
             tokenizer = load_tokenizer(folder / "tokenizer.json")
+            made = new_meta(tokenizer, origins, settings, state["splits"])
+            if any(made[name] != state[name] for name in ("dtype", "vocab_size", "tokenizer")):
+                raise ValueError(f"its tokenizer.json is not progress.json's; delete {folder}")
         else:
             tokenizer = make_tokenizer(kind, given, source, options.vocab_size)
             tokenizer.save(folder / "tokenizer.json")

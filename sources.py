@@ -82,6 +82,8 @@ def files_below(folder):
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(root, name) for name in names if not name.startswith("."))
+        for link in filter(Path.is_symlink, [Path(root, name) for name in folders]):
+            warn(f"--input {link}: a link to a folder, which is not followed")
 
 
 def shakespeare(data_dir) -> tuple[str, Path]:
@@ -127,17 +129,18 @@ class TextFiles(Documents):
     as_encoded = staticmethod(unix_lines)
 
     def survey(self, characters: dict | None = None):
-        """Count the characters, and note in which file each occurs; ValueError for a blank text."""
-        blank, self.total = True, 0
+        """Count the characters, and note where each occurs; ValueError for a blank text."""
+        blank, self.total, starts = True, 0, {}
         with progress("reading", None, self.unit) as advance:
             for path, chunk in self.texts():
-                text = chunk or ""
+                text = (chunk or "").replace("\r", "\n")  # as unix_lines, and of the same length
+                at = self.total - starts.setdefault(path, self.total)
+                if characters is not None:
+                    new = sorted(set(text) - characters.keys(), key=text.index)
+                    characters |= {c: f"{path}, position {at + text.index(c)}" for c in new}
                 advance(len(text))
                 self.total += len(text)
                 blank = blank and not text.strip()
-                if characters is not None:
-                    new = set(text.replace("\r", "\n")) - characters.keys()
-                    characters.update(dict.fromkeys(new, path))
         if blank:
             name = self.files[0]["name"]
             raise ValueError(f"{name}: no text, {self.total:,} characters of white space")
@@ -159,6 +162,8 @@ class TextFiles(Documents):
             self.replaced += chunk.count("\ufffd")
             shares = ("train", chunk[:left]), ("val", chunk[left:])
             yield from (share for share in shares if share[1])
+        if self.done != self.total:
+            raise ValueError("the text has changed since it was counted; do not write to it")
 
     def texts(self):
         """Pairs of a file's path and text of at most CHUNK characters, or END after a document."""
@@ -180,6 +185,8 @@ class TextFiles(Documents):
         with open_file(path) as opened, gzip.open(opened) if is_gz else opened as file:
             try:
                 "".encode(self.encoding)  # base64 and others are not for text: LookupError
+                if is_gz and not opened.peek(1):  # no text to Python's gzip
+                    raise EOFError("it is empty")
                 start = file.peek(CHUNK)
                 if start.startswith(codecs.BOM_UTF8):  # some editors write it
                     file.read(3)
@@ -213,8 +220,9 @@ class TextFiles(Documents):
 def wrong_byte(error: UnicodeDecodeError, end, encoding, path=None) -> str:
     """What is wrong with bytes that end at the offset `end`, and what to type instead."""
     raw, text = error.object, error.object.decode("utf-8", "replace")
-    remedy = "`prepare_data.py --errors replace` puts a U+FFFD there and goes on"
     lost, foreign = text.count("\ufffd") + text.count("\0"), sum(map("\x7f".__lt__, text))
+    replace = "`prepare_data.py --errors replace` puts a U+FFFD there and goes on"
+    remedy = replace if lost <= len(text) // 10 else "convert it to UTF-8"
     if path and lost > foreign // 2:
         import charset_normalizer
 
@@ -280,7 +288,7 @@ def readable_parquet(path):
             if types.get("text") not in ("string", "large_string", "string_view"):
                 raise ValueError(f"{path}: no column 'text' of strings; it has {str(types)[:200]}")
             yield file
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         why = str(error).split("\n")[0]
         raise ValueError(f"{path}: not a whole parquet file ({why}); get it once more") from error
 

@@ -51,9 +51,8 @@ def build_state(config: GPT2Config, device, sampler, saved=None, initial=None) -
     torch.manual_seed(config.seed)  # for initial weights
     model = GPT2(config).to(device, torch.float64 if config.dtype == "float64" else torch.float32)
     if initial is not None:
-        weights = dict(initial["model"])
-        if config.position == "learned":  # a shorter block_size needs the first rows alone
-            table = "transformer.wpe.weight"
+        weights, table = dict(initial["model"]), "transformer.wpe.weight"
+        if table in weights:  # a shorter block_size needs the first rows alone
             weights[table] = weights[table][: config.block_size]
         checkpoint.load_weights(model, weights)
     if sharded:
@@ -184,8 +183,10 @@ def _newest(config, dataset, insist, rename):
 
 def has_tokenizer_of(dataset, saved: dict) -> bool:
     """Whether a checkpoint has the data set's tokenizer."""
-    theirs = saved["tokenizer"]
-    return bool(theirs) and load_tokenizer(theirs).hash() == dataset.meta["tokenizer"]["sha256"]
+    try:
+        return load_tokenizer(saved["tokenizer"]).hash() == dataset.meta["tokenizer"]["sha256"]
+    except ValueError:  # none, or a damaged one
+        return False
 
 
 # ---------------------------------------------------------------- a trained model to begin with

@@ -393,8 +393,8 @@ def main(argv=None) -> int:
     )
     try:
         with out_of_memory(remedy):
-            how = {"eval_only": options.eval_only, "run_name": options.run_name}
-            last = train(config, options.resume, options.fresh, initial.pop(), **how)
+            resume, fresh, name = options.resume, options.fresh, options.run_name
+            last = train(config, resume, fresh, initial.pop(), options.eval_only, name)
     except Interrupted as stopped:
         log_row("stopped", str(stopped), "yellow")
         log_row("next", "the same command, without --fresh, goes on from there")

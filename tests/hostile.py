@@ -138,6 +138,11 @@ def storage_of_40_gb(path):
 
 
 @hostile("might run code")
+def the_elements_of_a_tensor(path):
+    one_value(path, tensor(10**8, 0) + b"Q", bytes(400))
+
+
+@hostile("might run code")
 def a_name_from_the_stack(path):
     archive(path, pickle.dumps(os.getcwd, protocol=4))
 

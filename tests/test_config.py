@@ -68,9 +68,10 @@ def test_an_edited_default_wins_over_a_preset(monkeypatch):
     @dataclass
     class Edited(GPT2Config):
         n_layer: int = 5
+        position: str = "rope"
 
     monkeypatch.setattr(settings, "GPT2Config", Edited)
-    assert settings.edited_fields() == {"n_layer"}
+    assert settings.edited_fields() == {"n_layer", "position"}
     name, values = auto_preset("cpu", 1_000_000, 100_000, 65)
     config = apply_preset(Edited(), values, settings.edited_fields())
     assert config.n_layer == 5 and config.n_embd == GPT2_CONFIGS[name]["n_embd"] != 768

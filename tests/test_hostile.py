@@ -72,7 +72,7 @@ def test_hostile_checkpoints_are_one_line_within_limits(tmp_path, kind, whose):
 LINKS = {
     "train": "checkpoints/.lock checkpoints/.lock_holder checkpoints/.checkpoint.pt.tmp "
     "checkpoints/final_checkpoint.pt runs/a/.lock runs/a/.lock_holder runs/a/config.json "
-    "runs/a/.config.json.tmp runs/a/metrics.jsonl runs/a/.metrics.jsonl.tmp",
+    "runs/a/.config.json.tmp runs/a/metrics.jsonl runs/a/.metrics.jsonl.tmp runs/a/.checkpoint_dir",
     "prepare": "new/.lock new/.lock_holder new/.meta.json.tmp new/.tokenizer.json.tmp "
     "new/tokenizer.json new/train.bin new/.unfinished/train.bin new/.unfinished/tokenizer.json "
     "new/.unfinished/.progress.json.tmp new/.unfinished/.meta.json.tmp",
@@ -265,20 +265,24 @@ def steps(folder):
     return [json.loads(line)["step"] for line in text.splitlines()]
 
 
-def test_a_copied_run_goes_on_in_a_folder_of_its_own_with_what_was_logged(config, tmp_path, capfd):
+def test_a_copied_run_goes_on_in_a_folder_of_its_own_with_what_was_logged(
+    config, tmp_path, capfd, monkeypatch
+):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, checkpoint_dir="mine")
     train(config)
     (first,) = Path(config.log_dir).iterdir()
-    copy = str(tmp_path / "copy")
-    shutil.copytree(config.checkpoint_dir, copy)
+    shutil.copytree("mine", "copy/mine")
     train(replace(config, max_iters=6))
-    train(replace(config, max_iters=8, checkpoint_dir=copy))
-    second = Path(config.log_dir, checkpoint.load(f"{copy}/checkpoint.pt")["run"])
+    monkeypatch.chdir("copy")  # where the relative path is the same
+    train(replace(config, max_iters=8))
+    second = Path(config.log_dir, saved(config)["run"])
     assert steps(first) == [1, 2, 3, 4, 5, 6] and steps(second) == [*range(1, 9)]
     assert f"{second} goes on from step 4 of {first}" in capfd.readouterr().err
     assert [e.step for e in EventAccumulator(str(second)).Reload().Scalars("lr")] == steps(second)
-    train(replace(config, max_iters=10, checkpoint_dir=copy))
+    train(replace(config, max_iters=10))
     assert len(os.listdir(config.log_dir)) == 2 and steps(second) == [*range(1, 11)]
 
 

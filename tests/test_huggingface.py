@@ -164,6 +164,7 @@ FORMS = {
     "sharded": sharded,
     "old names": lambda folder: edit_tensors(folder, old_names),
     "no change": lambda folder: change(folder, reorder_and_upcast_attn=True, n_inner=96),
+    "a name": lambda folder: change(folder, activation_function="gelu_pytorch_tanh"),
     "a tied copy": lambda folder: set_weight(folder, "lm_head.weight", lambda w: w + 0),
 }
 
@@ -328,16 +329,23 @@ def test_gpt2s_own_vocabulary_is_known_in_both_spellings(tmp_path, gpt2_vocabula
     for name in ("none", "one", "two"):
         tokenizer = load_model(tmp_path / name, "cpu")[1]
         assert tokenizer.kind == "gpt2" and tokenizer.hash() == gpt2.hash()
+    (tmp_path / "two" / "merges.txt").unlink()
+    os.mkfifo(tmp_path / "two" / "merges.txt")
+    assert load_model(tmp_path / "two", "cpu", need_tokenizer=False)[1] is None
 
 
 FOX = {"id": 400, "content": "fox", "special": False}
 FOX |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]]}
 INEXACT = {  # what is said: the size of the model's vocabulary, what is done to the tokenizer
     "pre_tokenizer": (400, lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True)),
-    "its normalizer cannot": (400, lambda spec: spec.update(normalizer={"type": "Lowercase"})),
+    "its normalizer": (400, lambda spec: spec.update(normalizer={"type": "Lowercase"})),
+    "prefix cannot": (400, lambda spec: spec["model"].update(continuing_subword_prefix="##")),
     "not made of two earlier": (401, lambda spec: spec["model"]["vocab"].update({"!#%": 400})),
     "its merges cannot be had here": (400, lambda spec: spec["model"]["merges"].pop()),
     "added_tokens": (401, lambda spec: spec["added_tokens"].append(FOX)),
+    "its model is Unigram": (400, lambda spec: spec.update(model=UNIGRAM)),
+    "tokens, the model 400": (400, lambda spec: spec["model"]["vocab"].update({"!#%": 400})),
     "left out": (400, dict.clear),
     "the model 300": (300, lambda spec: None),
 }

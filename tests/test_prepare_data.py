@@ -239,13 +239,14 @@ BAD_TEXT = [  # name, content, flags, what the one line says
     ("a.txt", "half: 中".encode()[:-1], [], "a.txt: byte 0xE4 at offset 6"),
     ("a.txt", b"x" * 400_000 + b"\xff", [], "a.txt: byte 0xFF at offset 400000 is not UTF-8"),
     ("a.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-9], [], "a.txt.gz: not a whole gzip file"),
-    ("a.txt.gz", b"", [], "no text"),
+    ("a.txt.gz", b"", [], "a.txt.gz: not a whole gzip file (it is empty)"),
+    ("a.txt", bytes(range(128, 256)) * 9, [], "at offset 0 is not UTF-8; convert it to UTF-8"),
     ("a.txt", b"", [], "no text, 0 characters"),
     ("a.txt", " \n\t\u3000".encode(), [], "no text, 4 characters"),
     ("a.txt", b"x", [], "no text for train: --val_fraction 0.1"),
     ("a.txt", b"x", ["--encoding", "klingon"], "--encoding klingon: unknown encoding"),
     ("a.txt", b"x", ["--encoding", "base64"], "--encoding base64: 'base64' is not a text"),
-    ("a.txt", STORY + "中", ["--tokenizer", "b.json"], "a.txt: U+4E2D '中' is not in the vocab"),
+    ("a.txt", STORY + "中", ["--tokenizer", "b.json"], "a.txt, position 2920: U+4E2D '中' is not"),
     ("a.png", b"x", [], "a.png: neither a file nor a folder of .txt"),
     ("a.parquet", lambda: whole()[:-100], [], "a.parquet: not a whole parquet file"),
     ("a.parquet", lambda: whole()[:20] + bytes(60) + whole()[80:], [], "not a whole parquet file"),
@@ -256,6 +257,7 @@ BAD_TEXT = [  # name, content, flags, what the one line says
     ("a.parquet", lambda: parquet(["z" * 70_000_000], compression="zstd"), [], "rows of 70,000,"),
     ("a.parquet", whole, ["--val_fraction", "1e-9"], "no text for val: --val_fraction 1e-09"),
     ("a.parquet", whole, ["--input", "a.parquet", "b.txt"], "text and parquet in one data set"),
+    ("a.parquet", whole, ["--encoding", "big5"], "--encoding and --tokenizer char are for text"),
 ]
 
 
@@ -343,6 +345,13 @@ def test_a_small_gz_of_endless_text_takes_no_memory(form, message, tmp_path):
 
 
 # ---------------------------------------------------------------- again, and differently
+
+
+def test_a_text_that_is_written_to_while_it_is_read_is_refused(tmp_path, monkeypatch, capsys):
+    text, save = write(tmp_path / "a.txt", STORY), CharTokenizer.save
+    monkeypatch.setattr(CharTokenizer, "save", lambda *a: write(text, STORY * 2) and save(*a))
+    assert prepare("--input", text, *CHAR, "--data_dir", tmp_path / "d") == 2
+    assert "do not write to it" in errors(capsys)[0]
 
 
 def test_another_text_setting_or_second_process_is_refused_and_overwrite_replaces(tmp_path, capsys):

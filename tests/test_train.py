@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -557,13 +558,22 @@ def trained(finished):
     return f"{finished.checkpoint_dir}/final_checkpoint.pt"
 
 
-def test_init_from_begins_with_those_weights_and_a_new_optimizer(again, trained):
-    """The table of positions may be cropped."""
+def test_init_from_begins_with_those_weights_and_a_new_optimizer(again, trained, monkeypatch):
+    """The table of positions may be cropped; what was loaded is not kept in memory."""
     weights, table = checkpoint.load(trained)["model"], "transformer.wpe.weight"
+    build, loaded = training.build_state, []
+
+    def watched(*how):
+        loaded.append(weakref.ref(how[-1]["model"][table]))
+        return build(*how)
+
+    monkeypatch.setattr(training, "build_state", watched)
+    monkeypatch.setattr(training, "describe_run", lambda *_: loaded.append(loaded[0]()))
     assert main(replace(again, max_iters=0, block_size=5), "--init_from", trained) == 0
     state = saved(again, "checkpoint.pt")
     assert same(state["model"], weights | {table: weights[table][:5]})
     assert (state["step"], state["optimizer"], state["best_val_loss"]) == (0, {}, None)
+    assert loaded[1] is None
 
 
 def test_init_from_what_does_not_fit_is_a_line_each(again, trained, tmp_path, capfd):
