@@ -40,6 +40,7 @@ from options import integer, parse, parse_args, validate
 from utils import peak_mb, pick_device, pick_dtype
 
 HERE = Path(__file__).parent
+LIMIT = "the machine"  # among the results of `compare`
 
 
 @dataclass
@@ -93,20 +94,37 @@ def take_turns(contenders: dict, options) -> dict:
     return results
 
 
-def compare(contenders: dict, options) -> dict:
+def compare(contenders: dict, options, limit=None) -> dict:
     """take_turns of contenders that each have a process of their own.
 
     contenders: name -> a function of options and config that returns a function for one sample,
-    which returns its units; and the config.
+    which returns its units; and the config. limit() is what the machine does a second at most; it
+    is asked in each turn, because that changes from minute to minute.
     """
     with contextlib.ExitStack() as stack:
 
-        def alone(setup, config):
+        def alone(name, setup, config):
             process = stack.enter_context(own_process())
+            with like_train_py() if name.startswith("ours") else contextlib.nullcontext():
+                process.submit(os.getpid).result()  # starts it
             return lambda: process.submit(timed_sample, setup, options, config).result()
 
-        samples = {name: alone(*contender) for name, contender in contenders.items()}
+        samples = {name: alone(name, *contender) for name, contender in contenders.items()}
+        if limit is not None:
+            samples[LIMIT] = lambda: (limit(), 1.0, None)
         return take_turns(samples, options)
+
+
+@contextlib.contextmanager
+def like_train_py():
+    """Processes that start in here wait as train.py does."""
+    before = os.environ.copy()
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def own_process():

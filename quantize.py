@@ -33,29 +33,29 @@ def to_int8(model):
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise ValueError(f"--dtype int8: for a CPU, not {device}; use bfloat16 or float16 there")
-    embedding = Int8Embedding(model.transformer.wte.weight)
-    replace_linears(model, Int8Linear)
-    model.transformer.wte = embedding
+    head = quantize_rows(model.lm_head.weight)
+    model.lm_head = Int8Linear(head, None)
+    model.transformer.wte = Int8Embedding(head)  # tied
+    replace_linears(model, lambda layer: Int8Linear(quantize_rows(layer.weight), layer.bias))
     return model
 
 
 def quantize_rows(weight):
-    """int8 (rows, columns) and scales (rows,) whose product is weight to half a scale."""
-    scale = weight.detach().abs().amax(dim=1).clamp(min=1e-12) / 127
-    return (weight.detach() / scale[:, None]).round().to(torch.int8), scale
+    """weight (rows, columns) as a quantized int8 tensor, each row with a scale of its own."""
+    scale = torch.stack(torch.aminmax(weight.detach(), dim=1)).abs().amax(dim=0) / 127  # (rows,)
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    with warnings.catch_warnings():  # torch will drop this type of tensor, not the kernel
+        warnings.simplefilter("ignore")
+        scale = scale.clamp(min=1e-12)
+        return torch.quantize_per_channel(weight.detach(), scale, zeros, 0, torch.qint8)
 
 
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights; its input is quantized on each call, by its range."""
 
-    def __init__(self, linear):
+    def __init__(self, quantized, bias):
         super().__init__()
-        weight, scale = quantize_rows(linear.weight)
-        zeros = torch.zeros(len(scale), dtype=torch.int64)
-        with warnings.catch_warnings():  # torch will drop this type of tensor, not the kernel
-            warnings.simplefilter("ignore")
-            weight = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
-            self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
         self.reduce_range = not torch.cpu._is_vnni_supported()  # older CPUs add up in 16 bits
 
     def forward(self, x):
@@ -63,9 +63,9 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    def __init__(self, weight):
+    def __init__(self, quantized):
         super().__init__()
-        self.weight, self.scale = quantize_rows(weight)
+        self.weight, self.scale = quantized.int_repr(), quantized.q_per_channel_scales().float()
 
     def forward(self, idx):
         return F.embedding(idx, self.weight) * self.scale[idx][..., None]  # (B, T, C)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from bench_train import as_nanogpt, nanogpt_model
 
-from bench import InTurns, compare, least_seconds, on_cuda, run_work
+from bench import LIMIT, InTurns, compare, least_seconds, on_cuda, run_work
 from huggingface import tensors_to_hf
 from model import GPT2
 from options import integer
@@ -57,10 +57,10 @@ def others(options, config) -> dict:
 
 def compare_generating(contenders, options, config) -> dict:
     """Their share is that of the read bandwidth: a step reads all weights but the positions'."""
-    results = compare(contenders, options)
+    results = compare(contenders, options, lambda: read_bandwidth(config))
     with torch.device("meta"):
         parameters = GPT2(replace(config, position="rope")).num_params()
-    bandwidth = read_bandwidth(config)
+    bandwidth = results.pop(LIMIT)["per_second"]
     for name, result in results.items():
         size = parameters * getattr(torch, contenders[name][1].dtype).itemsize
         result["utilisation"] = result["per_second"] / options.streams * size / bandwidth

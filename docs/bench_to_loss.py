@@ -62,7 +62,8 @@ def our_curve(options, config) -> list[tuple[float, float]]:
         command = [sys.executable, str(HERE / "train.py"), "--data_dir", config.data_dir]
         command += ["--device", config.device, "--checkpoint_dir", f"{folder}/c"]
         command += ["--log_dir", f"{folder}/r", *shlex.split(options.flags)]
-        subprocess.run(command, check=True)
+        if code := subprocess.call(command):
+            raise SystemExit(code)  # it has said why
         (path,) = Path(folder).glob("r/*/metrics.jsonl")
         records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     return [(r["seconds"], r["val_loss"]) for r in records if "val_loss" in r]

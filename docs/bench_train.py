@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench import InTurns, compare, least_seconds, on_cuda, run_work
+from bench import LIMIT, InTurns, compare, least_seconds, on_cuda, run_work
 from model import GPT2
 from optim import make_optimizer
 from options import integer
@@ -29,10 +29,10 @@ def compare_training(options, config, ours=None) -> dict:
     contenders = ours or {"ours": (ours_training, config)}
     if options.nanogpt:
         contenders["nanoGPT"] = nanogpt_training, as_nanogpt(config)
-    results = compare(contenders, options)
+    results = compare(contenders, options, lambda: gemm_flops(config))
     with torch.device("meta"):
         flops = GPT2(config).flops_per_token()
-    peak = gemm_flops(config)
+    peak = results.pop(LIMIT)["per_second"]
     for result in results.values():
         result["utilisation"] = result["per_second"] * flops / peak
     return {"unit": "tokens", "gemm_flops": peak, "results": results}
