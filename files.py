@@ -253,7 +253,8 @@ def download(address: str, sha256: str, path):
                 break
             problem = f"another file came, {len(content):,} bytes with a wrong sha256"
         except requests.RequestException as error:
-            problem = error
+            cause = getattr(error.args[0], "reason", error) if error.args else error
+            problem = str(cause).rpartition("): ")[2]  # without the connection's own name
     else:
         raise ValueError(problem)
     with atomic_write(path) as file:
