@@ -194,7 +194,7 @@ class BPETokenizer(Tokenizer):
             [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.FixedLength(100)]
         )
         limits = {"vocab_size": vocab_size - 1, "min_frequency": 2}
-        trainer = trainers.BpeTrainer(**limits, initial_alphabet=SYMBOLS, show_progress=False)
+        trainer = trainers.BpeTrainer(**limits, initial_alphabet=SYMBOLS)
         learner.train_from_iterator([text] if isinstance(text, str) else text, trainer)
         id_of = learner.get_vocab()
         return cls(sorted(id_of, key=id_of.get))
