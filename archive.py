@@ -5,36 +5,25 @@ take any memory, and follows sizes beyond a record and containers that hold them
 is made but numbers, strings, lists, tuples, dicts, and tensors that lie in the file's own records.
 """
 
-import pickle
 import pickletools
 import zipfile
 
 import torch
 
-# how many values an operation takes from the stack; None: those since MARK
-TAKES = {
-    **dict.fromkeys(("TUPLE", "APPENDS", "SETITEMS")),
-    **dict.fromkeys(("TUPLE1", "APPEND", "BUILD", "BINPERSID"), 1),
-    **{"EMPTY_TUPLE": 0, "TUPLE2": 2, "SETITEM": 2, "REDUCE": 2, "TUPLE3": 3},
-}
 ORDERED, REBUILD = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
-STORAGES = {
-    "torch ByteStorage": torch.uint8,
-    "torch BoolStorage": torch.bool,
-    "torch HalfStorage": torch.float16,
-    "torch BFloat16Storage": torch.bfloat16,
-    "torch FloatStorage": torch.float32,
-    "torch DoubleStorage": torch.float64,
-    "torch LongStorage": torch.int64,
-}
+STORAGES = (
+    {"torch ByteStorage": torch.uint8, "torch BoolStorage": torch.bool}
+    | {"torch HalfStorage": torch.float16, "torch BFloat16Storage": torch.bfloat16}
+    | {"torch FloatStorage": torch.float32, "torch DoubleStorage": torch.float64}
+    | {"torch LongStorage": torch.int64}
+)
 MOST_PICKLE, MOST_OPERATIONS, MOST_CONTENTS = 1 << 24, 300_000, 1 << 20
 
 
 def read_archive(file, size: int):
     """The value in an open file of `size` bytes; every byte's checksum is compared.
 
-    Raises ValueError, zipfile.BadZipFile, pickle.UnpicklingError for an operation that torch.save
-    does not use, and what torch and Python raise for one with wrong values.
+    Raises ValueError, zipfile.BadZipFile, and what torch and Python raise for wrong values.
     """
     content = {}  # data.pkl, and each storage under its number, whatever folder they are in
     end = zipfile._EndRecData(file)  # where ZipFile reads how large the table of contents is
@@ -61,18 +50,17 @@ def read_archive(file, size: int):
 def read_pickle(pickled: bytes, storages: dict, room: int):
     """The value of a pickle whose storages are these tensors of bytes. A container may be in one
     place only; strings and tensors in more, but in all of no more than `room` bytes.
-
-    pickletools describes the operations.
     """
     stack, marks, memo = [], [], {}
     for number, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
-        name, taken = operation.name, []
+        name, takes = operation.name, operation.stack_before
         if number > MOST_OPERATIONS:
             raise ValueError("its pickle is too long")
-        if name in TAKES:
-            first = marks.pop() if TAKES[name] is None else len(stack) - TAKES[name]
-            taken = stack[first:]
-            del stack[first:]
+        first = len(stack) - len(takes)
+        if pickletools.markobject in takes:
+            first = marks.pop() - takes.index(pickletools.markobject)
+        taken = stack[first:]
+        del stack[first:]
         match name:
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "NONE":
                 stack.append(argument)
@@ -90,11 +78,14 @@ def read_pickle(pickled: bytes, storages: dict, room: int):
                 stack.append(memo[argument])
                 room -= _cost(memo[argument])
             case "APPEND" | "APPENDS":
-                stack[-1].extend(taken)
+                taken[0].extend(taken[1:])
+                stack.append(taken[0])
             case "SETITEM" | "SETITEMS":
-                if not all(isinstance(key, str) or abs(key) < 2**60 for key in taken[::2]):
+                keys = taken[1::2]
+                if not all(isinstance(key, str) or abs(key) < 2**60 for key in keys):
                     raise ValueError("keys of equal hashes")
-                stack[-1].update(zip(taken[::2], taken[1::2], strict=True))
+                taken[0].update(zip(keys, taken[2::2], strict=True))
+                stack.append(taken[0])
             case "GLOBAL" if argument in (ORDERED, REBUILD, *STORAGES):
                 stack.append(argument)
             case "BINPERSID" if type(taken[0]) is tuple:  # a tensor would fall into its elements
@@ -107,9 +98,9 @@ def read_pickle(pickled: bytes, storages: dict, room: int):
                 stack.append(storage.as_strided(shape, stride, offset))
                 room -= stack[-1].nbytes
             case "PROTO" | "STOP" | "BUILD":  # that puts the versions of modules into nanoGPT's
-                pass
+                stack += taken[:1]
             case _:
-                raise pickle.UnpicklingError
+                raise ValueError("more than plain data, which might run code when opened")
         if room < 0:
             raise ValueError("its tensors are larger than the file")
     return stack.pop()

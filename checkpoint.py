@@ -6,24 +6,13 @@ name, wherever they come from. A checkpoint is one file that torch.load can read
 """
 
 import os
-import pickle
-import re
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    FiniteFloat,
-    JsonValue,
-    ValidationError,
-    with_config,
-)
+from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, JsonValue, ValidationError
 from torch.overrides import TorchFunctionMode
 from typing_extensions import TypedDict
 
@@ -31,7 +20,7 @@ import files
 from archive import read_archive
 from config import DTYPES, GPT2Config, dtype_name, to_dict
 from huggingface import EMBEDDING, HEAD, download_model, hub_name, read_hf
-from logger import command_for, log_next, log_row, quoted
+from logger import command_for, log_next, log_row, quoted, warn
 from model import GPT2
 from options import FolderName, reason, validate
 from quantize import to_int8
@@ -56,8 +45,8 @@ class CheckpointError(Exception):
 
 def plain_tensor(tensor):
     """tensor, if it is contiguous and holds finite numbers; ValueError otherwise."""
-    is_tensor = type(tensor) is torch.Tensor
-    if not (is_tensor and tensor.dtype in ON_DISK and tensor.is_contiguous()):
+    is_tensor = type(tensor) is torch.Tensor and tensor.dtype in ON_DISK
+    if not (is_tensor and tensor.is_contiguous()):
         raise ValueError("not a plain tensor")
     # the extremes show NaN and infinity too, fifty times as fast as torch.isfinite(tensor)
     if tensor.is_floating_point() and tensor.numel() > 0:
@@ -69,8 +58,7 @@ def plain_tensor(tensor):
 Tensor = Annotated[Any, AfterValidator(plain_tensor)]
 
 
-@with_config({"extra": "forbid"})
-class Scaler(TypedDict, total=False):
+class Scaler(TypedDict, total=False, closed=True):
     """float16's loss scale, as torch.amp.GradScaler keeps it."""
 
     scale: Annotated[float, Field(gt=0, le=1e30)]
@@ -96,17 +84,9 @@ class State(BaseModel, strict=True):
     run: FolderName | None  # its folder in log_dir
 
 
-KEYS = tuple(State.model_fields)
-
-
-# ---------------------------------------------------------------- writing
-
-
-def save(path, state: dict, previous=None):
-    """Write state to path atomically; the file that it replaces stays under the path `previous`, if
-    given. Raises files.WriteError, ValueError for an optimizer state that load would refuse.
-    """
-    check_optimizer_state(state)
+def save(path, state: dict):
+    """Write state to path atomically; the LATEST that it replaces stays as PREVIOUS. WriteError."""
+    previous = Path(path).with_name(PREVIOUS) if Path(path).name == LATEST else None
     try:
         with files.atomic_write(path, keep=previous) as file:
             try:
@@ -119,19 +99,9 @@ def save(path, state: dict, previous=None):
         raise files.WriteError(f"{error}; the checkpoint needs {needed:,.1f} MB") from error
 
 
-def remove_old(folder, keep: int):
-    """Remove all but the newest `keep` of the numbered checkpoints."""
-    paths = Path(folder).glob(NUMBERED.format("*"))
-    for path in sorted(paths, key=lambda p: int(re.sub(r"\D", "", p.stem) or 0))[: -keep or None]:
-        path.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------- reading
-
-
 def load(path, check=None) -> dict:
-    """The checkpoint at path: every byte is compared with its checksum, every value checked by
-    check_state; or by `check`, for another program's file. Raises CheckpointError, no other.
+    """The checkpoint at path, every byte compared with its checksum, every value checked; by
+    `check`, if it is another program's. Raises CheckpointError, no other.
     """
     try:
         with files.open_file(path) as file:
@@ -147,17 +117,8 @@ def check_state(state):
     if type(state) is dict and "model_args" in state:
         raise ValueError("nanoGPT's: `python convert.py from_nanogpt FILE model.pt` makes it ours")
     State.model_validate(state)
-    build_model(model_config(state), state["model"])
-    check_optimizer_state(state)
-    if state["rng"]:
-        torch.Generator().set_state(state["rng"]["torch"])  # raises if it is not such a state
-
-
-def check_optimizer_state(state: dict):
-    """ValueError unless it has, by name and shape, what its optimizer keeps of each weight; or of
-    none, as before the first step.
-    """
-    weights, kept = state["model"], state["optimizer"]
+    build_model(state)
+    weights, kept = state["model"], state["optimizer"]  # by name; {} before the first step
     kind = state["config"].get("optimizer", "adamw")
     for name in weights.keys() - {HEAD} | kept.keys() if kept else ():
         by_muon = kind == "muon" and ".h." in name and name in weights and weights[name].ndim > 1
@@ -186,35 +147,29 @@ class EmptyInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def build_model(config: GPT2Config, tensors: dict) -> GPT2:
-    """A model with tensors themselves as its weights, neither initialized nor copied. ValueError
-    with a line for each kind of wrong name or shape.
+def build_model(state: dict) -> GPT2:
+    """A model whose weights are a checkpoint's tensors, not copies. ValueError with a line for each
+    kind of wrong name or shape.
     """
+    config, tensors = model_config(state), state["model"]
     if len(tensors) < config.n_layer:  # do not build a large model for a small file
         raise ValueError("its config describes a larger model than it holds")
     with torch.device("meta"), EmptyInit():
         model = GPT2(config)
-    load_weights(model, tensors, assign=True)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(str(error).partition("\n")[2]) from None  # its first line only announces
     if not torch.equal(tensors[HEAD].to(tensors[EMBEDDING]), tensors[EMBEDDING]):
         raise ValueError(f"{HEAD} differs from {EMBEDDING}: the head is not tied")
     model.lm_head.weight = model.transformer.wte.weight  # assigning has untied them
     return model
 
 
-def load_weights(model: GPT2, tensors: dict, assign=False):
-    """Copy tensors into model, or assign them. Raises ValueError as build_model does."""
-    try:
-        model.load_state_dict(tensors, assign=assign)
-    except RuntimeError as error:
-        raise ValueError(str(error).partition("\n")[2]) from None  # its first line only announces
-
-
 def _problems(error) -> list[str]:
     """What is wrong with a checkpoint, a line for each problem, for users."""
     if isinstance(error, ValidationError):
         lines = [f"{'.'.join(map(str, e['loc']))}: {reason(e)}" for e in error.errors()]
-    elif isinstance(error, pickle.UnpicklingError):
-        lines = ["it holds more than plain data, which might run code when opened"]
     elif isinstance(error, (ValueError, RuntimeError, OSError)):
         lines = (getattr(error, "strerror", None) or str(error)).splitlines()
     else:
@@ -222,13 +177,10 @@ def _problems(error) -> list[str]:
     return [line.strip().removeprefix("--").removeprefix(": ")[:200] for line in lines[:12]]
 
 
-# ---------------------------------------------------------------- the folder
-
-
-def latest(folder, rename: bool = True) -> tuple[Path, dict, list[str]] | None:
-    """The newest intact checkpoint of a folder: its path, its state, and what is wrong with each
-    newer file, which is renamed to NAME.damaged if asked. None if there are no checkpoints;
-    CheckpointError, naming every file and touching none, if none is intact.
+def latest(folder, rename: bool = True) -> tuple[Path, dict] | None:
+    """Path and state of a folder's newest intact checkpoint, None if it has no checkpoints. Newer
+    ones are warned of, and become NAME.damaged if asked. CheckpointError, if none is intact, names
+    all of them and touches none.
     """
     damaged = {}
     for path in _newest_first(Path(folder)):
@@ -237,9 +189,11 @@ def latest(folder, rename: bool = True) -> tuple[Path, dict, list[str]] | None:
         except CheckpointError as error:
             damaged[path] = str(error)
             continue
-        for bad in damaged if rename else ():
-            os.replace(bad, files.free_name(bad.with_name(f"{bad.name}.damaged")))
-        return path, state, list(damaged.values())
+        for bad, problem in damaged.items():
+            warn(f"passed over{' and kept as *.damaged' * rename}: {problem}")
+            if rename:
+                os.replace(bad, files.free_name(bad.with_name(f"{bad.name}.damaged")))
+        return path, state
     if damaged:
         lines = [*damaged.values(), "no usable checkpoint is left; --fresh sets these files aside"]
         raise CheckpointError("\n".join(lines))
@@ -269,8 +223,7 @@ def set_aside(folder):
 
 # ---------------------------------------------------------------- a model by its name
 
-
-ModelDtype = Annotated[Literal[*DTYPES, "int8"], BeforeValidator(dtype_name)]
+ModelDtype = Literal[*DTYPES, "int8"]
 
 
 @dataclass
@@ -307,20 +260,23 @@ def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
     return to_int8(model) if dtype == "int8" else model, tokenizer
 
 
+def best_in(folder) -> Path | None:
+    """A folder's checkpoint of the lowest validation loss, else the latest."""
+    paths = Path(folder, BEST), Path(folder, LATEST)
+    return next((path for path in paths if path.is_file()), None)
+
+
 def load_state(spec=None) -> tuple[dict, str]:
     """A checkpoint's dict (see State) and its name, for any spec of load_model."""
-    if spec is None:
-        folder = Path(GPT2Config().checkpoint_dir)
-        spec = next((p for p in (folder / BEST, folder / LATEST) if p.is_file()), None)
-        if spec is None:
-            hint = "`python train.py` makes one, --checkpoint names another place"
-            raise CheckpointError(f"no checkpoint in {folder}: {hint}")
+    folder = GPT2Config().checkpoint_dir
+    if spec is None and (spec := best_in(folder)) is None:
+        hint = "`python train.py` makes one, --checkpoint names another place"
+        raise CheckpointError(f"no checkpoint in {folder}: {hint}")
     path, name = Path(spec), str(spec)
     if path.is_file():
         return load(path), name
     if not path.is_dir():
-        name = hub_name(name)
-        if name is None:
+        if (name := hub_name(name)) is None:
             raise CheckpointError(f"{spec}: no file or folder, nor a hub name (gpt2, org/name)")
         path = download_model(name)
     return new_state(*read_hf(path, name), name), name
@@ -330,10 +286,9 @@ def new_state(config: GPT2Config, tensors: dict, tokenizer, name: str = "the mod
     """The checkpoint of a model from elsewhere, with or without (None) a tokenizer, at step 0. The
     weights keep their type. ValueError, with name, for each problem of the tensors.
     """
-    vocabulary = {} if tokenizer is None else tokenizer.to_dict()
     state = {"format": FORMAT, "step": 0, "best_val_loss": None, "model": tensors}
     state |= {"optimizer": {}, "scaler": {}, "rng": {}, "config": to_dict(config)}
-    state |= {"tokenizer": vocabulary, "data_hash": None, "run": None}
+    state |= {"tokenizer": tokenizer.to_dict() if tokenizer else {}, "data_hash": None, "run": None}
     try:
         check_state(state)
     except ValueError as error:
@@ -342,10 +297,8 @@ def new_state(config: GPT2Config, tensors: dict, tokenizer, name: str = "the mod
 
 
 def build(state: dict, name: str):
-    """The model of a state, whose tensors it takes over, and its tokenizer or None; CheckpointError
-    if that does not fit the model.
-    """
-    model, tokenizer = build_model(model_config(state), state["model"]), None
+    """A checkpoint's model and its tokenizer or None; CheckpointError if that does not fit it."""
+    model, tokenizer = build_model(state), None
     try:
         if state["tokenizer"]:
             tokenizer = load_tokenizer(state["tokenizer"])

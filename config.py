@@ -17,7 +17,7 @@ def dtype_name(dtype) -> str | None:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Dtype = Annotated[Literal[DTYPES], BeforeValidator(dtype_name)]
 
-# fraction of (learning_rate - min_lr) at decay progress 0 to 1
+# share of (learning_rate - min_lr) at progress 0, end of warmup, to 1, lr_decay_iters
 LR_SCHEDULES = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
@@ -97,77 +97,29 @@ class GPT2Config:
 
 # Presets never set derived fields (min_lr, warmup_iters, dtype ...). "gpt2" repeats the default of
 # every field that a preset or a model sets, so that edited_fields finds the defaults edited above.
+# A line each for the model, the batch, the optimizer, and evaluations.
 GPT2_CONFIGS = {
-    "gpt2": {
-        "block_size": 1024,
-        "n_layer": 12,
-        "n_head": 12,
-        "n_embd": 768,
-        "dropout": 0.0,
-        "bias": True,
-        "position": "learned",
-        "gelu": "tanh",
-        "batch_size": 12,
-        "gradient_accumulation_steps": 40,
-        "max_iters": 100000,
-        "optimizer": "adamw",
-        "learning_rate": 6e-4,
-        "lr_schedule": "cosine",
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "eval_interval": 1000,
-        "eval_iters": 200,
-        "checkpoint_interval": 5000,
-        "log_interval": 10,
-    },
+    "gpt2": {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0}
+    | {"bias": True, "position": "learned", "gelu": "tanh"}
+    | {"batch_size": 12, "gradient_accumulation_steps": 40, "max_iters": 100000}
+    | {"optimizer": "adamw", "learning_rate": 6e-4, "lr_schedule": "cosine"}
+    | {"beta1": 0.9, "beta2": 0.95}
+    | {"eval_interval": 1000, "eval_iters": 200, "checkpoint_interval": 5000, "log_interval": 10},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-    "shakespeare-cpu": {
-        "block_size": 64,
-        "n_layer": 3,
-        "n_head": 4,
-        "n_embd": 128,
-        "gelu": "exact",
-        "batch_size": 48,
-        "gradient_accumulation_steps": 1,
-        "max_iters": 1100,
-        "optimizer": "muon",
-        "learning_rate": 8e-3,
-        "lr_schedule": "linear",
-        "beta2": 0.99,
-        "eval_interval": 250,
-        "eval_iters": 37,
-        "checkpoint_interval": 1000,
-    },
-    "shakespeare-gpu": {
-        "block_size": 256,
-        "n_layer": 6,
-        "n_head": 6,
-        "n_embd": 384,
-        "dropout": 0.2,
-        "batch_size": 64,
-        "gradient_accumulation_steps": 1,
-        "max_iters": 3000,
-        "optimizer": "muon",
-        "learning_rate": 3e-3,
-        "lr_schedule": "linear",
-        "beta1": 0.95,
-        "eval_interval": 250,
-        "checkpoint_interval": 1000,
-    },
-    "finetune": {
-        "dropout": 0.1,
-        "batch_size": 4,
-        "gradient_accumulation_steps": 4,
-        "max_iters": 500,
-        "learning_rate": 5e-5,
-        "lr_schedule": "linear",
-        "eval_interval": 50,
-        "eval_iters": 50,
-        "checkpoint_interval": 1000,
-        "log_interval": 1,
-    },
+    "shakespeare-cpu": {"block_size": 64, "n_layer": 3, "n_head": 4, "n_embd": 128, "gelu": "exact"}
+    | {"batch_size": 48, "gradient_accumulation_steps": 1, "max_iters": 1100}
+    | {"optimizer": "muon", "learning_rate": 8e-3, "lr_schedule": "linear", "beta2": 0.99}
+    | {"eval_interval": 250, "eval_iters": 37, "checkpoint_interval": 1000},
+    "shakespeare-gpu": {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2}
+    | {"batch_size": 64, "gradient_accumulation_steps": 1, "max_iters": 3000}
+    | {"optimizer": "muon", "learning_rate": 3e-3, "lr_schedule": "linear", "beta1": 0.95}
+    | {"eval_interval": 250, "checkpoint_interval": 1000},
+    "finetune": {"dropout": 0.1}
+    | {"batch_size": 4, "gradient_accumulation_steps": 4, "max_iters": 500}
+    | {"learning_rate": 5e-5, "lr_schedule": "linear"}
+    | {"eval_interval": 50, "eval_iters": 50, "checkpoint_interval": 1000, "log_interval": 1},
 }
 # epochs after which a small text is overfitted (dropout delays it), least steps, least batch_size
 FITTED = {"shakespeare-cpu": (10, 50, 4), "shakespeare-gpu": (40, 50, 4), "finetune": (3, 20, 1)}
@@ -225,38 +177,28 @@ def auto_preset(
     block_size: that of a trained model, which is to be fine-tuned.
     """
     on_gpu = device_type == "cuda"
-    if block_size is None and on_gpu and train_tokens >= 20_000_000:
-        return "gpt2", _shared(GPT2_CONFIGS["gpt2"], processes)
     name = "finetune" if block_size else "shakespeare-gpu" if on_gpu else "shakespeare-cpu"
-    values, (epochs, least_steps, least_batch) = GPT2_CONFIGS[name], FITTED[name]
-    block_size = max(1, min(block_size or values["block_size"], train_tokens - 1, val_tokens - 1))
-    batch_size = values["batch_size"]
-    sequences = batch_size * values["gradient_accumulation_steps"]  # in a step
-    if not on_gpu:  # the logits of a micro-batch have at most 2**25 numbers
-        batch_size = max(least_batch, min(batch_size, 2**25 // (block_size * vocab_size)))
-    if name == "shakespeare-cpu":
-        sequences = batch_size
-    steps = max(least_steps, epochs * train_tokens // (sequences * block_size))
-    max_iters = min(values["max_iters"], steps)
-    fitted = {
-        "block_size": block_size,
-        "batch_size": batch_size,
-        "gradient_accumulation_steps": sequences // batch_size,
-        "max_iters": max_iters,
-        "eval_interval": math.ceil(max_iters / 8),
-    }
-    fitted = _shared(values | fitted, processes)
+    if name == "shakespeare-gpu" and train_tokens >= 20_000_000:
+        name = "gpt2"
+    values = dict(GPT2_CONFIGS[name])
+    batch_size, micro_batches = values["batch_size"], values["gradient_accumulation_steps"]
+    if name in FITTED:
+        epochs, least_steps, least_batch = FITTED[name]
+        most = block_size or values["block_size"]
+        values["block_size"] = block_size = max(1, min(most, train_tokens - 1, val_tokens - 1))
+        sequences = batch_size * micro_batches  # in a step
+        if not on_gpu:  # the logits of a micro-batch have at most 2**25 numbers
+            batch_size = max(least_batch, min(batch_size, 2**25 // (block_size * vocab_size)))
+        if name == "shakespeare-cpu":
+            sequences = batch_size
+        micro_batches = sequences // batch_size
+        steps = max(least_steps, epochs * train_tokens // (sequences * block_size))
+        values["max_iters"] = min(values["max_iters"], steps)
+        values["eval_interval"] = math.ceil(values["max_iters"] / 8)
+    # the micro-batches divide evenly among the processes, about the same sequences in a step
+    accumulated = math.lcm(micro_batches, processes)
+    batch_size = max(1, batch_size * micro_batches // accumulated)
     if name == "shakespeare-cpu":  # the same number of windows for any batch size
-        windows = values["eval_iters"] * values["batch_size"]
-        fitted["eval_iters"] = math.ceil(windows / fitted["batch_size"])
-    return name, fitted
-
-
-def _shared(values, processes):
-    """Scale accumulation up, and batch_size down, until the micro-batches divide evenly among the
-    processes; the sequences per step stay about the same.
-    """
-    before = values["gradient_accumulation_steps"]
-    after = math.lcm(before, processes)
-    batch_size = max(1, values["batch_size"] * before // after)
-    return values | {"gradient_accumulation_steps": after, "batch_size": batch_size}
+        values["eval_iters"] = math.ceil(values["eval_iters"] * values["batch_size"] / batch_size)
+    shared = {"gradient_accumulation_steps": accumulated, "batch_size": batch_size}
+    return name, values | shared

@@ -20,7 +20,7 @@ import files
 import huggingface
 from checkpoint import load_model as load_model  # README's name for it
 from config import GPT2Config
-from huggingface import BUFFERS, EMBEDDING, GPT2_SIZE, HEAD
+from huggingface import EMBEDDING, GPT2_SIZE, HEAD
 from logger import log_row, run, warn
 from options import parse_args
 from tokenizer import GPT2Tokenizer, load_tokenizer
@@ -56,24 +56,22 @@ def main(argv=None) -> int:
     source, target = options.source, Path(options.target)
     if options.command == "to_hf":
         to_hf(source, target, options.push)
-        return 0
-    if target.exists():
+    elif target.exists():
         raise ValueError(f"{target} is there already; choose another name")
-    if options.command == "to_gguf":
+    elif options.command == "to_gguf":
         to_gguf(source, target, options.type)
-        return 0
-    if options.command == "from_nanogpt":
-        tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-        state, name = read_nanogpt(source, tokenizer, options.gelu), source
-        log_row("left out", "the optimizer's state: training goes on with a new one")
     else:
-        state, name = checkpoint.load_state(source)
-    model, tokenizer = checkpoint.build(state, name)
-    log_row("model", f"{name}\n{checkpoint.describe_model(model, tokenizer)}")
-    checkpoint.save(target, state)
-    log_row("wrote", str(target), "green")
-    if tokenizer is not None:
-        checkpoint.log_next_generate(target)
+        if options.command == "from_nanogpt":
+            tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+            state, name = read_nanogpt(source, tokenizer, options.gelu), source
+        else:
+            state, name = checkpoint.load_state(source)
+        model, tokenizer = checkpoint.build(state, name)
+        log_row("model", f"{name}\n{checkpoint.describe_model(model, tokenizer)}")
+        checkpoint.save(target, state)
+        log_row("wrote", str(target), "green")
+        if tokenizer is not None:
+            checkpoint.log_next_generate(target)
     return 0
 
 
@@ -81,15 +79,12 @@ CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# {name}
+# {repo}
 
-A GPT-2: {facts}. {training}
+A GPT-2: {facts}.
 
-```python
-from transformers import pipeline
-
-print(pipeline("text-generation", "{repo}")("Once", max_new_tokens=50)[0]["generated_text"])
-```
+    from transformers import pipeline
+    print(pipeline("text-generation", "{repo}")("Once", max_new_tokens=50)[0]["generated_text"])
 """
 
 
@@ -104,8 +99,11 @@ def to_hf(spec, folder, push: str | None = None):
         raise ValueError(f"--push {push}: no token; `hf auth login` keeps one, or set HF_TOKEN")
     state, name = checkpoint.load_state(spec)
     model, tokenizer = checkpoint.build(state, name)
-    facts = checkpoint.describe_model(model, tokenizer)
-    card = model_card(state, name, push or folder.resolve().name, facts)
+    facts, loss = checkpoint.describe_model(model, tokenizer), state["best_val_loss"]
+    if loss is not None:
+        data = Path(state["config"]["data_dir"]).name
+        facts += f". {state['step']:,} steps on `{data}`, validation loss {loss:.4f} nats a token"
+    card = CARD.format(repo=push or folder.resolve().name, facts=facts)
     names = huggingface.write_hf(folder, model.config, model.state_dict(), tokenizer, card)
     log_row("wrote", f"{folder}: {', '.join(names)}", "green")
     if push:
@@ -114,33 +112,44 @@ def to_hf(spec, folder, push: str | None = None):
         checkpoint.log_next_generate(folder)
 
 
-def model_card(state, source, repo, facts) -> str:
-    """A folder's README.md: what the model is, what it was trained on, its loss, how to use it."""
-    training = f"Converted from {source}."
-    if state["step"] > 0:
-        folder = Path(state["config"]["data_dir"]).name
-        training = f"Trained for {state['step']:,} steps on `{folder}`."
-    if (loss := state["best_val_loss"]) is not None:
-        training += f" Best validation loss: {loss:.4f} nats."
-    return CARD.format(name=repo.rpartition("/")[2], repo=repo, facts=facts, training=training)
-
-
 def to_gguf(spec, path, kind: str = "f32"):
     """Write a model and its tokenizer as one file for llama.cpp, which is read back and compared
     before it gets its name; kind: the type of its matrices.
     """
     gguf = files.optional("gguf")
     model, tokenizer = checkpoint.build(*checkpoint.load_state(spec))
+    config, types = model.config, gguf.TokenType
+    theirs = huggingface.tensors_to_hf(model.state_dict(), transposed=())  # (out, in), as ours is
+    if tokenizer is None or tokenizer.eot_id is None:
+        raise ValueError("llama.cpp needs a bpe or gpt2 tokenizer with an end of text; use to_hf")
+    if kind == "q8_0" and (size := config.n_embd) % 32:
+        raise ValueError(f"n_embd {size}: q8_0 needs a multiple of 32; take --type f16")
+    if config.gelu == "exact":
+        warn("gelu: exact here, tanh in llama.cpp; an activation differs by 0.0005 at most")
     writer = gguf.GGUFWriter(None, "gpt2")
     writer.add_name(Path(path).stem)
     file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
     writer.add_file_type(gguf.LlamaFileType[file_type])
-    add_fields(writer, model.config, tokenizer, gguf.TokenType)
-    if kind == "q8_0" and (size := model.config.n_embd) % 32:
-        raise ValueError(f"n_embd {size}: q8_0 needs a multiple of 32; take --type f16")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
-    tensors = {}  # their layout is (out, in), as ours is
-    for key, tensor in huggingface.tensors_to_hf(model.state_dict(), transposed=()).items():
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(float(np.float32(1e-5)))  # as it is stored
+    ids, special = tokenizer.id_of | tokenizer.special, tokenizer.special
+    tokens = sorted(ids, key=ids.get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([types.CONTROL if t in special else types.NORMAL for t in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer.merges()])
+    writer.add_bos_token_id(tokenizer.eot_id)
+    writer.add_eos_token_id(tokenizer.eot_id)
+    writer.add_add_bos_token(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    tensors = {}
+    for key, tensor in theirs.items():
         is_f32 = tensor.ndim == 1 or ".wpe." in key
         stored = gguf.GGMLQuantizationType["F32" if is_f32 else kind.upper()]
         name, data = names.get_name(key, (".weight", ".bias")), tensor.float().numpy()
@@ -162,32 +171,6 @@ def to_gguf(spec, path, kind: str = "f32"):
     log_row("wrote", f"{path}: {kind}, {len(tensors)} tensors, read back and compared", "green")
 
 
-def add_fields(writer, config: GPT2Config, tokenizer, types):
-    """Everything but the tensors; ValueError for a model that llama.cpp's GPT-2 cannot be."""
-    huggingface.check_is_gpt2(config)
-    if tokenizer is None or tokenizer.eot_id is None:
-        raise ValueError("llama.cpp needs a bpe or gpt2 tokenizer with an end of text; use to_hf")
-    if config.gelu == "exact":
-        warn("gelu: exact here, tanh in llama.cpp; an activation differs by 0.0005 at most")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(4 * config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(float(np.float32(1e-5)))  # as it is stored
-    ids, special = tokenizer.id_of | tokenizer.special, tokenizer.special
-    tokens = sorted(ids, key=ids.get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([types.CONTROL if t in special else types.NORMAL for t in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer.merges()])
-    writer.add_bos_token_id(tokenizer.eot_id)
-    writer.add_eos_token_id(tokenizer.eot_id)
-    writer.add_add_bos_token(False)
-
-
 class NanoGPT(BaseModel):  # what is read of a ckpt.pt
     model: dict[str, Any]
     model_args: dict[str, Any]
@@ -202,7 +185,7 @@ def read_nanogpt(path, tokenizer=None, gelu="exact") -> dict:
     bias = found["model_args"].get("bias", True)  # older files lack it
     config = GPT2Config(**sizes, bias=bias, position="learned", gelu=gelu)
     tensors = {key.removeprefix("_orig_mod."): tensor for key, tensor in found["model"].items()}
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(BUFFERS)}
+    tensors = huggingface.tensors_from_hf(tensors, transposed=())
     if tokenizer is None and config.vocab_size in (GPT2_SIZE, NANOGPT_PADDED):
         tokenizer = GPT2Tokenizer()
     state = checkpoint.new_state(config, tensors, tokenizer, str(path))

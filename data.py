@@ -1,8 +1,7 @@
 """Token files on disk, and the batches drawn from them.
 
-A data set is a folder: train.bin and val.bin (raw little-endian ids without a header, nanoGPT's
-format), tokenizer.json, and meta.json. prepare_data.py writes meta.json last: a folder without it
-holds no data set.
+A data set is a folder: train.bin and val.bin (little-endian ids without a header, as nanoGPT's),
+tokenizer.json, and meta.json, which is written last: a folder without it holds no data set.
 
     from data import BatchSampler, TokenDataset
     dataset = TokenDataset("data/shakespeare")
@@ -28,8 +27,6 @@ TOKEN_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 AGAIN = "prepare the data set again with --overwrite"
 Count = Annotated[int, Field(ge=0, lt=2**60)]
 
-# ---------------------------------------------------------------- reading
-
 
 def inner_path(name: str) -> str:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -38,8 +35,6 @@ def inner_path(name: str) -> str:
 
 
 class Source(TypedDict):
-    """A file that tokens came from."""
-
     name: Annotated[str, AfterValidator(inner_path)]
     bytes: Count
     sha256: str | None  # None if unknown
@@ -52,8 +47,6 @@ class Split(TypedDict):
 
 
 class Meta(TypedDict):
-    """What meta.json holds."""
-
     format: Literal[META_FORMAT]
     dtype: Literal["uint16", "uint32"]
     vocab_size: Annotated[int, Field(ge=1, le=2**24)]
@@ -63,37 +56,31 @@ class Meta(TypedDict):
     settings: dict[str, Any]
 
 
-def read_meta(data_dir) -> Meta | None:
-    """The meta.json of a data set, None if there is no data set; ValueError if it is damaged."""
-    path = Path(data_dir) / "meta.json"
-    try:
-        return read_json(path, Meta)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise ValueError(f"{error}; {AGAIN}") from None
-
-
 class TokenDataset:
-    """A prepared data set: `meta`, and `train` and `val` as memory-mapped ids (N,).
-
-    FileNotFoundError if there is none, ValueError if a file does not match meta.json.
+    """`meta`, and `train` and `val`, memory-mapped ids (N,); FileNotFoundError if there is no data
+    set, ValueError if a file is not as meta.json says.
     """
 
     def __init__(self, data_dir):
-        self.data_dir = Path(data_dir)
-        self.meta = read_meta(self.data_dir)
-        if self.meta is None:
-            words = "--dataset shakespeare"
-            if (self.data_dir / "meta.pkl").exists():  # nanoGPT's characters, in a pickle
-                aside = f"--tokenizer char --data_dir data/{self.data_dir.resolve().name}"
-                words = f"--input {self.data_dir / 'input.txt'} {aside}"
-            elif (self.data_dir / "train.bin").exists():
-                words = f"--adopt {self.data_dir}"
-            remedy = f"`python prepare_data.py {words}` makes one"
-            raise FileNotFoundError(f"no data set in {self.data_dir} (--data_dir); {remedy}")
+        self.data_dir = folder = Path(data_dir)
+        try:
+            self.meta = read_json(folder / "meta.json", Meta)
+        except ValueError as error:
+            raise ValueError(f"{error}; {AGAIN}") from None
+        except (FileNotFoundError, NotADirectoryError):
+            flags = f"--input FILE --data_dir {folder}"
+            if folder == Path("data/shakespeare"):
+                flags = "--dataset shakespeare"
+            elif (folder / "meta.pkl").exists():  # nanoGPT's characters, in a pickle
+                flags = f"--tokenizer char --data_dir data/{folder.resolve().name}"
+                flags += f" --input {folder / 'input.txt'}"
+            elif (folder / "train.bin").exists():
+                flags = f"--adopt {folder}"
+            command = f"`python prepare_data.py {flags}`"
+            line = f"no data set in --data_dir {folder}; {command} makes one"
+            raise FileNotFoundError(line) from None
         self.vocab_size = self.meta["vocab_size"]
-        self.tokenizer_path = self.data_dir / "tokenizer.json"
+        self.tokenizer_path = folder / "tokenizer.json"
         digest = hashlib.sha256(read_bytes(self.tokenizer_path)).hexdigest()
         if digest != self.meta["tokenizer"]["sha256"]:
             raise ValueError(f"{self.tokenizer_path} is not the one that meta.json names; {AGAIN}")
@@ -101,7 +88,6 @@ class TokenDataset:
 
     @functools.cached_property
     def tokenizer(self):
-        """ValueError if it has another number of tokens than meta.json says."""
         found = load_tokenizer(self.tokenizer_path)
         if found.vocab_size != self.vocab_size:
             sizes = f"{found.vocab_size:,} tokens, meta.json says {self.vocab_size:,}"
@@ -112,7 +98,7 @@ class TokenDataset:
     def hash(self) -> str:
         """sha256 over both splits and the tokenizer; identifies the data in a checkpoint."""
         splits = self.meta["splits"]
-        parts = (splits["train"], splits["val"], self.meta["tokenizer"])
+        parts = splits["train"], splits["val"], self.meta["tokenizer"]
         return hashlib.sha256(":".join(part["sha256"] for part in parts).encode()).hexdigest()
 
     def _open(self, split):
@@ -127,19 +113,13 @@ class TokenDataset:
     def require(self, block_size: int, splits=("train", "val")):
         """ValueError unless each split holds at least one window of block_size + 1 tokens."""
         needed = f"needs {block_size + 1:,} (--block_size {block_size})"
-        counts = {split: len(getattr(self, split)) for split in splits}
-        if short := [split for split in splits if counts[split] <= block_size]:
-            raise ValueError("\n".join(f"{s} has {counts[s]:,} tokens, {needed}" for s in short))
-
-
-# ---------------------------------------------------------------- batches
+        for split in splits:
+            if (count := len(getattr(self, split))) <= block_size:
+                raise ValueError(f"{split} has {count:,} tokens, {needed}")
 
 
 def windows_at(tokens, starts, block_size, vocab_size=None):
-    """Inputs and targets, int64 (len(starts), block_size) each, of the windows at `starts`.
-
-    Raises ValueError naming value and position of an id >= vocab_size.
-    """
+    """Inputs and targets, int64 (len(starts), block_size) each; ValueError for an id too high."""
     import torch  # takes half a second, which prepare_data.py does not need
 
     window = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
@@ -159,13 +139,11 @@ class Permutation:
     network (Luby and Rackoff 1988). What lands beyond n is permuted again (Black, Rogaway 2002).
     """
 
-    def __init__(self, n: int, generator: np.random.Generator, rounds: int = 4):
+    def __init__(self, n: int, generator: np.random.Generator):
         self.n, self.rows = n, math.isqrt(n - 1) + 1
         self.columns = -(-n // self.rows)
         rows, columns, draw = self.rows, self.columns, generator.integers
-        self.rotations = [
-            (draw(rows, size=columns), draw(columns, size=rows)) for _ in range(rounds)
-        ]
+        self.rotations = [(draw(rows, size=columns), draw(columns, size=rows)) for _ in range(4)]
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         """Map indices (N,) to their shuffled positions (N,)."""
@@ -174,19 +152,15 @@ class Permutation:
             row = (row + of_column[column]) % self.rows
             column = (column + of_row[row]) % self.columns
         index = row * self.columns + column
-        beyond = index >= self.n
-        if beyond.any():
+        if (beyond := index >= self.n).any():
             index[beyond] = self(index[beyond])
         return index
 
 
 @dataclass
 class BatchSampler:
-    """Training batches as a pure function of (seed, step, micro-step): resuming needs no state.
-
-    An epoch cuts the split, from a seeded offset, into windows of block_size targets, and visits
-    each exactly once in a seeded order. The global batch is drawn first and sliced by rank: the
-    data do not depend on the number of processes.
+    """Training batches as a pure function of (seed, step, micro-step). An epoch cuts the split,
+    from a seeded offset, into windows, and visits each once in a seeded order; ranks take turns.
     """
 
     tokens: np.ndarray
@@ -199,11 +173,10 @@ class BatchSampler:
     vocab_size: int | None = None
 
     def __post_init__(self):
-        count, block_size = len(self.tokens), self.block_size
         # the same for every epoch, whatever its offset
-        self.windows_per_epoch = max(1, (count - block_size) // block_size)
-        slack = count - 1 - self.windows_per_epoch * block_size
-        self.max_offset = min(slack, block_size - 1)
+        self.windows_per_epoch = max(1, len(self.tokens) // self.block_size - 1)
+        slack = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
+        self.max_offset = min(slack, self.block_size - 1)
 
     def global_micro_step(self, micro_step: int) -> int:
         """This process's micro_step as an index over all processes."""

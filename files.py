@@ -5,7 +5,6 @@ import errno
 import functools
 import hashlib
 import importlib
-import math
 import os
 import shutil
 import stat
@@ -37,9 +36,8 @@ class WriteError(OSError):
 def atomic_write(path, mode: str = "wb", keep=None):
     """A file to write to, next to path, that replaces path when all of it is on disk: fsync,
     rename, fsync of the folder; what was there gets the name `keep`, if given. Raises WriteError.
-
-    Mode "w" is UTF-8 with \\n at line ends; "folder" yields the path of a new folder to fill,
-    where only an empty one may be before.
+    Mode "w" is UTF-8 with \\n at line ends; "folder" yields a new folder to fill, which may replace
+    an empty one.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.tmp")
@@ -95,15 +93,12 @@ def writing(path):
 
 def open_to_append(path):
     """A file of ours to add bytes to; OSError for a link or FIFO, which somebody else has made."""
-    others = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
-    flags = sum(others, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    return open(os.open(path, flags, 0o666), "ab")
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return open(path, "ab", opener=lambda path, flags: os.open(path, flags | careful, 0o666))
 
 
 def own_folder(path, link: bool = False) -> Path:
-    """Make a folder, unless it is there; ValueError for anything else, and for a link unless that
-    is allowed.
-    """
+    """Make a folder, unless it is there; ValueError for anything else, a link unless allowed."""
     path = Path(path)
     if (path.exists() and not path.is_dir()) or (path.is_symlink() and not link):
         raise ValueError(f"{path} is not a folder of its own; move it away, or name another")
@@ -139,10 +134,8 @@ def clean(folder, pattern: str = ".*.tmp"):
 # ---------------------------------------------------------------- reading
 
 
-def open_file(path, most: float = math.inf):
-    """A file that may come from somebody else, opened to read bytes. ValueError for a FIFO or
-    device, which could be endless, for a link to one, and for more than `most` bytes.
-    """
+def open_file(path, most: float = float("inf")):
+    """Somebody else's file, to read bytes. ValueError: a FIFO or device, more than `most` bytes."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
         raise ValueError(f"{path}: not a regular file")
@@ -177,8 +170,7 @@ def read_json(path, schema=dict):
 
 def check_json(content, schema, name=""):
     """JSON, as text or read, as a value of a type; ValueError with one line: name, field, why."""
-    adapter = _adapter(schema)
-    is_text = isinstance(content, (str, bytes))
+    adapter, is_text = _adapter(schema), isinstance(content, (str, bytes))
     try:
         return (adapter.validate_json if is_text else adapter.validate_python)(content, strict=True)
     except ValidationError as error:
@@ -195,12 +187,11 @@ _adapter = functools.cache(TypeAdapter)  # slow to make
 
 @contextlib.contextmanager
 def lock(folder):
-    """Hold folder for this process, and remove what killed writes left in it; ValueError naming the
-    holder while another process has it. A holder that dies, however it dies, holds it no longer.
+    """Hold folder, as long as this process lives, and remove what killed writes left in it;
+    ValueError naming the holder while another process has it.
     """
     folder = own_folder(folder, link=True)
-    note = folder / ".lock_holder"
-    held = filelock.FileLock(folder / ".lock")  # follows no link
+    note, held = folder / ".lock_holder", filelock.FileLock(folder / ".lock")  # follows no link
     with writing(folder):
         try:
             held.acquire(timeout=0)
@@ -208,8 +199,8 @@ def lock(folder):
             holder = "another process"
             with contextlib.suppress(OSError, ValueError):  # it may have taken the lock just now
                 holder = read_text(note)
-            line = f"{folder} is in use by {holder}; wait for it to end, or choose another folder"
-            raise ValueError(line) from None
+            remedy = "wait for it to end, or choose another folder"
+            raise ValueError(f"{folder} is in use by {holder}; {remedy}") from None
         clean(folder)
     try:
         with atomic_write(note, "w") as file:
@@ -238,9 +229,7 @@ def in_thread(function, *arguments) -> Future:
 
 
 def download(address: str, sha256: str, path):
-    """Put what is at address at path, whole or not at all; for files that fit in memory. Raises
-    ValueError with the reason after TRIES attempts, WriteError.
-    """
+    """Put what is at address at path, whole or not at all. Raises ValueError (why), WriteError."""
     import requests  # takes a tenth of a second
 
     for attempt in range(TRIES):
@@ -250,15 +239,14 @@ def download(address: str, sha256: str, path):
             response.raise_for_status()
             content = response.content
             if hashlib.sha256(content).hexdigest() == sha256:
-                break
+                with atomic_write(path) as file:
+                    file.write(content)
+                return
             problem = f"another file came, {len(content):,} bytes with a wrong sha256"
         except requests.RequestException as error:
             cause = getattr(error.args[0], "reason", error) if error.args else error
             problem = str(cause).rpartition("): ")[2]  # without the connection's own name
-    else:
-        raise ValueError(problem)
-    with atomic_write(path) as file:
-        file.write(content)
+    raise ValueError(problem)
 
 
 def optional(package: str, requirements: str = "requirements-hub.txt"):
@@ -266,30 +254,21 @@ def optional(package: str, requirements: str = "requirements-hub.txt"):
     try:
         return importlib.import_module(package)
     except ImportError:
-        command = f"pip install -r {requirements}"
-        raise ValueError(f"this needs {package}, which is not installed: {command}") from None
+        raise ValueError(f"{package} is missing: `pip install -r {requirements}`") from None
 
 
 @contextlib.contextmanager
 def hub(repository: str, again: str):
-    """The huggingface_hub package; what it raises in here is a ValueError of one line, whose remedy
-    is the command `again`. A full disk stays an OSError.
-    """
+    """The huggingface_hub package; its errors are a line here, with the command to run `again`."""
     library, errors = optional("huggingface_hub"), optional("huggingface_hub.errors")
     try:
         yield library
-        return
-    except errors.GatedRepoError:
-        reason = "access is by request: ask for it on its page, then `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        reason = "not found on the hub, nor is it a file or folder (private: `hf auth login`)"
-    except errors.LocalEntryNotFoundError:
-        offline = library.is_offline_mode()
-        reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        reason += " and the cache (HF_HOME) lacks a part of it; HF_ENDPOINT may name a mirror"
+    except errors.RepositoryNotFoundError as error:  # a private or gated one, too
+        remedy = "if it is private or access is by request, ask for that and `hf auth login`"
+        raise ValueError(f"{repository}: not found on the hub, nor as a path; {remedy}") from error
     except Exception as error:  # networks fail in many ways
         if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
+            raise  # the disk is full
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = f"the transfer failed, {again} tries again: {first}"
-    raise ValueError(f"{repository}: {reason}")
+        remedy = f"{again} tries again; HF_ENDPOINT sets a mirror, HF_HUB_OFFLINE=1 reads the cache"
+        raise ValueError(f"{repository}: the transfer failed, {remedy}: {first}") from error

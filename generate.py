@@ -40,7 +40,6 @@ class Options(Sampling, ModelOptions):
     stats: bool = False  # say how fast it was, and how much memory it took
 
     def problems(self):
-        """Mutually exclusive flags."""
         sources = [n for n in ("prompt", "interactive", "prompts_file") if getattr(self, n)]
         for first, second in pairwise(sources):
             yield f"--{second}: not allowed with --{first}"
@@ -48,17 +47,20 @@ class Options(Sampling, ModelOptions):
             yield "--output: not with --interactive"
 
 
-USAGE = "generate.py --prompt TEXT | --interactive | --prompts_file FILE [flags]"
-
-
 def main(argv=None) -> int:
-    options = parse_args(Options, argv, __doc__, USAGE)
+    usage = "generate.py --prompt TEXT | --interactive | --prompts_file FILE [flags]"
+    options = parse_args(Options, argv, __doc__, usage)
     for stream in (sys.stdin, sys.stdout):  # regardless of the locale
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    prompts = read_prompts(options)
-    remedy = "fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
-    with out_of_memory(remedy):
+    prompts, path = [options.prompt], options.prompts_file
+    if path is not None:
+        prompts = [line for line in unix_lines(read_text(path)).split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts_file {path}: holds no prompt; it needs one a line")
+    with out_of_memory(
+        "fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
+    ):
         model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
         pack_linears(model, min(len(prompts) * options.num_samples, BATCH_SIZE))
         log_row("sampling", describe(options))
@@ -71,46 +73,29 @@ def main(argv=None) -> int:
     return 0
 
 
-def read_prompts(options) -> list[str]:
-    """The prompts of the command line."""
-    path = options.prompts_file
-    if path is None:
-        return [options.prompt]
-    prompts = [line for line in unix_lines(read_text(path)).split("\n") if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompts_file {path}: holds no prompt; it needs one a line")
-    return prompts
-
-
 def describe(sampling) -> str:
     """The settings in force, on one line; those that are off by default only if changed."""
-    named = []
-    for field in fields(Sampling):
-        value = getattr(sampling, field.name)
-        if value != field.default or field.default not in (None, 1):
-            named.append(f"{field.name} {shown(value)}")
-    return ", ".join(named)
+    values = {f.name: (getattr(sampling, f.name), f.default) for f in fields(Sampling)}
+    off = (None, None), (1, 1)
+    return ", ".join(f"{name} {shown(v[0])}" for name, v in values.items() if v not in off)
 
 
 def shown(value) -> str:
-    if value is None:
-        return "none"
-    return repr(value) if isinstance(value, str) else str(value)
+    return "none" if value is None else repr(value)
 
 
 def show_texts(model, tokenizer, prompts, options):
     """Write the texts to --output; or stream a single text, print several one after another."""
     start, times = time.perf_counter(), []
-    if options.output is None and len(prompts) * options.num_samples == 1:
+    texts = generate_texts(model, tokenizer, prompts, options, BATCH_SIZE, times)
+    if options.output is not None:
+        write_texts(options.output, texts)
+    elif len(prompts) * options.num_samples == 1:
         pieces = stream_text(model, tokenizer, prompts, options, times=times)
         for number, [piece] in enumerate(pieces):
             show(piece, "" if number else "bold")
         show("\n")
     else:
-        texts = generate_texts(model, tokenizer, prompts, options, BATCH_SIZE, times)
-        if options.output is not None:
-            write_texts(options.output, texts)
-            texts = ()
         for number, text in enumerate(texts):
             prompt = prompts[number // options.num_samples]
             show(SEPARATOR if number else "")
@@ -122,24 +107,13 @@ def show_texts(model, tokenizer, prompts, options):
         log_row("stats", f"{speed}; the first after {times[0] - start:.3f} s; {memory:,.0f} MB")
 
 
-# ---------------------------------------------------------------- from Python, and to a file
-
-
 def batch_generate(
-    prompts,
-    output_file=None,
-    checkpoint=None,
-    *,
-    batch_size=BATCH_SIZE,
-    device=None,
-    dtype=None,
-    **settings,
+    prompts, output_file=None, checkpoint=None, batch_size=16, device=None, dtype=None, **settings
 ) -> list[str]:
     """Continue many prompts, batch_size at a time; write the texts to output_file if given.
 
-    settings: fields of Sampling. Returns the texts, prompt and continuation, num_samples a prompt,
-    in the order of the prompts, each the same as if generated alone. Raises ValueError for settings
-    out of range, CheckpointError, WriteError.
+    settings: fields of Sampling. Returns each prompt and its continuation, num_samples times, as if
+    alone. Raises ValueError for settings out of range, CheckpointError, WriteError.
     """
     sampling = Sampling(**settings)
     validate(sampling)
@@ -167,14 +141,12 @@ def write_texts(path, texts) -> list[str]:
 
 
 HELP = """\
-Every line is continued by the model, on its own: nothing of earlier lines is
-remembered. Each takes the next seed (--seed, --seed + 1, ...), so that the
-same line twice gives two texts. A line that ends in \\ goes on in the next one.
-Ctrl-C ends a text.
+Every line is continued on its own: nothing of earlier lines is remembered.
+Each takes the next seed (--seed, --seed + 1, ...), so that the same line twice
+gives two texts. A line that ends in \\ goes on in the next one. Ctrl-C ends a text.
 /again            continue the last line once more, with the next seed
-/set NAME VALUE   change a setting, for example: /set temperature 0.7
-/show             the settings and what they mean
-/quit             leave, as the end of input (Ctrl-D) does"""
+/quit             leave, as the end of input (Ctrl-D) does
+/set NAME VALUE   change a setting:"""
 
 
 def interact(model, tokenizer, sampling):
@@ -199,13 +171,11 @@ def interact(model, tokenizer, sampling):
             show("\n")
 
 
-def read_line(ask="> ") -> str | None:
+def read_line(ask="\n> ") -> str | None:
     """The next line of input, None at its end. A person is asked for it."""
     if sys.stdin is None:  # closed by the caller
         return None
     person = sys.stdin.isatty()
-    if person and ask == "> ":
-        log()
     if person and not sys.stdout.isatty():  # input() would write its prompt among the results
         print(ask, end="", file=sys.stderr, flush=True)
     try:
@@ -218,20 +188,18 @@ def read_line(ask="> ") -> str | None:
 
 def command(line: str, sampling: Sampling) -> Sampling:
     """Run a /command; returns the settings that apply from then on."""
-    word, _, rest = line.strip().partition(" ")
+    word, name, text = [*line.strip().split(maxsplit=2), "", ""][:3]
     comments = {name: comment for name, (_, comment) in describe_fields(Sampling).items()}
     if word == "/set":
-        name, _, text = rest.strip().partition(" ")
         if name not in comments or not text:
             raise ValueError(f"/set NAME VALUE, where NAME is one of {', '.join(comments)}")
-        values, found = typed(Sampling, {name: text.strip()})
+        values, found = typed(Sampling, {name: text})
         if found:
-            raise ValueError(found[0].message.replace("--", "/set ", 1))
+            raise ValueError(found[0].replace("--", "/set ", 1))
         sampling = replace(sampling, **values)
         log_row("sampling", describe(sampling))
     elif word == "/help":
         log(HELP)
-    elif word == "/show":
         for name, comment in comments.items():
             log(f"{name:<15} {shown(getattr(sampling, name)):<6} {comment}")
     else:

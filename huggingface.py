@@ -17,10 +17,9 @@ import files
 from config import GPT2_CONFIGS, GPT2Config, dtype_name
 from logger import log_row
 from options import problems
-from tokenizer import END_OF_TEXT, MOST_SPECIAL, BPETokenizer, CharTokenizer, GPT2Tokenizer
+from tokenizer import END_OF_TEXT, MOST_SPECIAL, GPT2Tokenizer, load_tokenizer
 
-# Tensors have the same names on both sides. Weights that end so are transposed there, because
-# transformers' Conv1D multiplies from the other side.
+# Weights that end so are transposed there: transformers' Conv1D multiplies from the other side.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"  # tied
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks in older files, not weights
@@ -30,15 +29,11 @@ SIZES = {"block_size": "n_positions"} | {  # ours: theirs
     name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")
 }
 SAME = {"gelu_new": "gelu_pytorch_tanh"}  # two names there of one function
-HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS if "gpt2" in name} | {
-    "distilgpt2": "distilbert/distilgpt2"
-}
+HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS if "gpt2" in name}
+HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 HUB_FILES = ("config.json", "model*.safetensors*", "tokenizer_config.json", *TOKENIZER_FILES)
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"  # org/name
-
-
-# ---------------------------------------------------------------- the hub
 
 
 def hub_name(spec: str) -> str | None:
@@ -63,28 +58,23 @@ def upload(folder: Path, repo: str) -> str:
     return str(address)
 
 
-# ---------------------------------------------------------------- reading a folder
-
-
 def read_hf(folder: Path, name: str):
-    """Config, tensors and tokenizer of a folder written by transformers. Tensors are not checked
-    further; the tokenizer is None if none of ours does the same. `name`: what messages call it.
+    """Config, tensors, unchecked, and tokenizer, None if none of ours does the same, of a folder
+    that transformers has written. name: what messages call it.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name}: a folder with no config.json; name a checkpoint's .pt file")
     config = config_from_hf(files.read_json(folder / "config.json"), name)
-    safetensors, tensors = files.optional("safetensors"), {}
+    safetensors, torch_files = map(files.optional, ("safetensors", "safetensors.torch"))
     paths = [*folder.glob("model.safetensors")] or [*folder.glob("model-*-of-*.safetensors")]
     if not paths:
-        raise ValueError(
-            f"{name}: no model.safetensors; a pickle (pytorch_model.bin) may run code and is never "
-            "read: transformers' from_pretrained(NAME).save_pretrained(DIR) converts one you trust"
-        )
+        remedy = "transformers' save_pretrained makes one of a pickle (pytorch_model.bin) you trust"
+        raise ValueError(f"{name}: no model.safetensors; {remedy}")
+    tensors = {}
     for path in paths:  # a shard that is missing shows as missing tensors
         files.open_file(path).close()  # not a FIFO, which would never end
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}
+            tensors |= torch_files.load_file(path)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{name}: {path.name} is damaged or cut short ({error})") from None
     return config, tensors_from_hf(tensors), read_hf_tokenizer(folder, config.vocab_size)
@@ -96,7 +86,7 @@ def config_from_hf(found: dict, name: str) -> GPT2Config:
     sizes = {ours: found.get(theirs, shipped[ours]) for ours, theirs in SIZES.items()}
     gelu = "exact" if found.get("activation_function") == "gelu" else "tanh"
     config = GPT2Config(**sizes, bias=True, position="learned", gelu=gelu)
-    lines = [problem.message.removeprefix("--") for problem in problems(config)]
+    lines = [problem.removeprefix("--") for problem in problems(config)]
     for key, value in config_to_hf(config).items():
         if found.get(key, value) not in (value, SAME.get(value, value)):
             lines.append(f"{key} {found[key]!r}, only {value} can be converted")
@@ -118,11 +108,11 @@ def config_to_hf(config: GPT2Config) -> dict:
     }
 
 
-def tensors_from_hf(found: dict) -> dict:
+def tensors_from_hf(found: dict, transposed=TRANSPOSED) -> dict:
     """Tensors by our names, in our layout; files may leave out the head, which is tied."""
     tensors = {}
     for key, tensor in found.items():
-        if key.endswith(TRANSPOSED):
+        if key.endswith(transposed):
             tensor = tensor.transpose(0, -1).contiguous()
         if not key.endswith(BUFFERS):
             is_ours = key.startswith(("transformer.", "lm_head."))
@@ -130,16 +120,10 @@ def tensors_from_hf(found: dict) -> dict:
     return {HEAD: tensors[EMBEDDING], **tensors} if EMBEDDING in tensors else tensors
 
 
-# ---------------------------------------------------------------- writing a folder
-
-
 def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer, card: str) -> list[str]:
-    """Write a folder for transformers and whatever reads its format, whole or not at all; returns
-    the files' names. card: its README.md.
-    """
+    """Write a folder for transformers and whatever reads its format; returns the files' names."""
     safetensors, torch_files = map(files.optional, ("safetensors", "safetensors.torch"))
-    check_is_gpt2(config)
-    eot_id = None if tokenizer is None else tokenizer.eot_id
+    theirs, eot_id = tensors_to_hf(tensors), None if tokenizer is None else tokenizer.eot_id
     ends = {"bos_token_id": eot_id, "eos_token_id": eot_id}
     fields = config_to_hf(config) | {"dtype": dtype_name(tensors[EMBEDDING].dtype)} | ends
     fields |= {f"{part}_pdrop": config.dropout for part in ("attn", "embd", "resid")}
@@ -152,13 +136,12 @@ def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer, card: s
         if eot_id is not None:  # <unk> never occurs, but CTranslate2 asks for one
             settings |= {f"{name}_token": tokenizer.eot for name in ("bos", "eos", "unk")}
         written["tokenizer_config.json"] = settings
-    texts = {"README.md": card}
-    for name, content in written.items():
-        texts[name] = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    texts = {n: json.dumps(v, indent=2, ensure_ascii=False) + "\n" for n, v in written.items()}
+    texts["README.md"] = card
     with files.atomic_write(folder, "folder") as aside:
         try:
             weights = aside / "model.safetensors"
-            torch_files.save_file(tensors_to_hf(tensors), weights, {"format": "pt"})
+            torch_files.save_file(theirs, weights, {"format": "pt"})
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
         for name, text in texts.items():
@@ -167,16 +150,12 @@ def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer, card: s
     return ["model.safetensors", *texts]
 
 
-def check_is_gpt2(config: GPT2Config):
-    """ValueError for what GPT-2 is not in other programs."""
-    if config.position != "learned":
-        raise ValueError(f"position '{config.position}': other programs' GPT-2 has no such setting")
-
-
 def tensors_to_hf(tensors: dict, transposed=TRANSPOSED) -> dict:
     """Our tensors without the head, which is tied, and transposed where the names end so; missing
-    biases are zeros.
+    biases are zeros. ValueError for what GPT-2 is not in other programs.
     """
+    if "transformer.wpe.weight" not in tensors:
+        raise ValueError("position rope or alibi: other programs' GPT-2 has learned positions only")
     found = {}
     for key, tensor in tensors.items():
         if key != HEAD:
@@ -212,78 +191,71 @@ def read_hf_tokenizer(folder: Path, vocab_size: int):
     """The folder's tokenizer as one of ours; None, with a line that says why, if none is the same.
     Without any tokenizer files a vocabulary of 50,257 is GPT-2's.
     """
-    whole, *parts = [folder / name for name in TOKENIZER_FILES]
-    if not any(path.is_file() for path in (whole, *parts)):
+    whole, vocab, merges = [folder / name for name in TOKENIZER_FILES]
+    if not any(path.is_file() for path in (whole, vocab, merges)):
         return GPT2Tokenizer() if vocab_size == GPT2_SIZE else None
     try:
         if whole.is_file():
             spec = files.read_json(whole)
-            # some of these make the library panic
-            if spec.get("normalizer") or spec["model"].get("continuing_subword_prefix"):
-                raise ValueError("its normalizer or prefix cannot be had here exactly")
-            if any(len(str(token)) > 2000 for token in spec.get("added_tokens") or ()):
-                raise ValueError("it has a special token of more than 1,000 characters")
-            found = tokenizers.Tokenizer.from_file(str(whole))
-        else:
-            for path in parts:  # no FIFO, nothing without an end
-                files.open_file(path, files.MOST_JSON).close()
-            found = tokenizers.ByteLevelBPETokenizer.from_file(*map(str, parts))
-            found.add_special_tokens([END_OF_TEXT])
+        else:  # the older form of a byte-level BPE
+            lines = files.unix_lines(files.read_text(merges)).split("\n")
+            pairs = [line for line in lines if line and not line.startswith("#version")]
+            model = {"vocab": files.read_json(vocab), "merges": pairs}
+            end = {"content": END_OF_TEXT, "id": len(model["vocab"]), "special": True}
+            spec = {"model": model, "added_tokens": [end], "decoder": {"type": "ByteLevel"}}
+            spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False}
         path = folder / "tokenizer_config.json"
         settings = files.read_json(path) if path.is_file() else {}
-        return tokenizer_from_hf(json.loads(found.to_str()), settings, vocab_size)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # Rust's panic is no Exception, and others are nothing but that
+        return tokenizer_from_hf(spec, settings, vocab_size)
+    except Exception as error:  # nothing is known of what is in there
         log_row("tokenizer", f"left out: {error}")
         return None
 
 
-def tokenizer_from_hf(found: dict, settings: dict, vocab_size: int):
-    """Our tokenizer for a tokenizer.json (in the full form that `tokenizers` writes) and its
-    settings; ValueError unless ours, written out again, is the same part by part. Ids of the model
-    without a token become special tokens, which no text is encoded to.
+def tokenizer_from_hf(spec: dict, settings: dict, vocab_size: int):
+    """Our tokenizer for a tokenizer.json and its settings; an error unless ours, written out again,
+    is the same part by part. Ids without a token become special ones, which no text is encoded to.
     """
-    for flag in ("add_prefix_space", "add_bos_token"):
-        if settings.get(flag):
-            raise ValueError(f"{flag} is set")
-    if (model := found["model"]["type"]) not in ("BPE", "WordLevel"):
-        raise ValueError(f"its model is {model}")
-    theirs, added = _parts(found), found["added_tokens"]
+    if flags := [name for name in ("add_prefix_space", "add_bos_token") if settings.get(name)]:
+        raise ValueError(f"{' and '.join(flags)} is set")
+    theirs, vocab = _parts(spec), spec["model"]["vocab"]
     ids = theirs["vocab"]
-    special = {token["content"]: token["id"] for token in added if token["id"] < vocab_size}
+    special = {t["content"]: vocab.get(t["content"], t["id"]) for t in spec["added_tokens"]}
+    special = {text: i for text, i in special.items() if i < vocab_size}
     most = min(vocab_size, len(ids) + len(special) + MOST_SPECIAL + 1)  # size may be any number
     unused = set(range(most)) - set(ids.values()) - set(special.values())
     if not vocab_size - len(ids) - len(special) == len(unused) <= MOST_SPECIAL:
         raise ValueError(f"it has {len(ids):,} tokens, the model {vocab_size:,}")
     special |= {f"<|unused {i}|>": i for i in sorted(unused)}
-    tokens = sorted(ids, key=ids.get)
-    spelt, eot = " ".join(tokens), settings.get("eos_token", END_OF_TEXT)
-    is_gpt2 = hashlib.sha256(spelt.encode()).hexdigest() == GPT2_TOKENS
-    if model == "WordLevel" and not special:
-        made = CharTokenizer.from_dict({"characters": tokens})
+    tokens, eot = sorted(ids, key=ids.get), settings.get("eos_token", END_OF_TEXT)
+    eot = str(eot.get("content") if isinstance(eot, dict) else eot)
+    fields = {"kind": "bpe", "tokens": " ".join(tokens), "special": special, "eot": eot}
+    is_gpt2 = hashlib.sha256(fields["tokens"].encode()).hexdigest() == GPT2_TOKENS
+    if theirs["type"] == "WordLevel":
+        fields = {"kind": "char", "characters": tokens}
     elif is_gpt2 and special == {END_OF_TEXT: GPT2_SIZE - 1}:
-        made = GPT2Tokenizer(tokens)
-    else:
-        eot = str(eot.get("content") if isinstance(eot, dict) else eot)
-        made = BPETokenizer.from_dict({"tokens": spelt, "special": special, "eot": eot})
+        fields = {"kind": "gpt2", "tokens": fields["tokens"]}
+    made = load_tokenizer({"format": 1} | fields)
     ours = _parts(json.loads(tokenizer_to_hf(made).to_str()))
-    if other := [name for name in theirs if theirs[name] != ours[name]]:
+    if other := [name for name in ours | theirs if theirs.get(name) != ours.get(name)]:
         raise ValueError(f"its {', '.join(other)} cannot be had here exactly")
     return made
 
 
 def _parts(spec):
-    """The parts of a tokenizer.json that decide how text becomes ids, and ids text."""
-    special = {token["content"] for token in spec["added_tokens"]}
-    parts = {name: value or None for name, value in (spec | spec["model"]).items()}
+    """What in a tokenizer.json makes ids of text, and text of ids; what is off may be missing."""
+    parts = {"type": "BPE", "merges": [], "pre_tokenizer": {}, "decoder": {}, "post_processor": {}}
+    parts |= {name: value for name, value in (spec | spec["model"]).items() if value}
+    if parts["type"] not in ("BPE", "WordLevel"):
+        raise ValueError(f"its model is {parts['type']}")
     for name in ("version", "truncation", "padding", "model", "unk_token"):
-        del parts[name]
+        parts.pop(name, None)
+    special = {token["content"] for token in spec["added_tokens"]}
     parts["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
-    vocab = spec["model"]["vocab"]
-    parts["vocab"] = {text: i for text, i in vocab.items() if text not in special}
-    parts["pre_tokenizer"] = (parts["pre_tokenizer"] or {}) | {"trim_offsets": None}
-    parts["decoder"] = (parts["decoder"] or {}).get("type")
-    if (parts["post_processor"] or {}).get("type") == "ByteLevel":
-        parts["post_processor"] = None  # it only moves offsets
+    parts["vocab"] = {text: i for text, i in parts["vocab"].items() if text not in special}
+    parts["merges"] = [p.split(" ") if isinstance(p, str) else p for p in parts["merges"]]
+    parts["pre_tokenizer"] = {"use_regex": True} | parts["pre_tokenizer"] | {"trim_offsets": None}
+    parts["decoder"] = parts["decoder"].get("type")
+    if parts["post_processor"].get("type") == "ByteLevel":
+        parts["post_processor"] = {}  # it only moves offsets
     return parts

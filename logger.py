@@ -1,6 +1,5 @@
-"""What a person reads: messages, progress, exit codes, and the log of a run.
-
-Messages and progress go to stderr and come from rank 0 alone; results go to stdout.
+"""What a person reads: results on stdout; messages and progress, of rank 0 alone, on stderr; exit
+codes; and the log of a run.
 """
 
 import contextlib
@@ -27,17 +26,13 @@ from typing_extensions import TypedDict
 
 import files
 
-LABEL = 11  # columns of the label before a text
 LINE_SECONDS = 30  # between two lines of progress without a terminal
+INPUT_ERRORS = ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError
 ESCAPES = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 class _Console(Console):
-    """rich's console; without colours and bold where NO_COLOR is set (https://no-color.org)."""
-
-    def __init__(self, **kwargs):
-        colors = None if os.environ.get("NO_COLOR") else "auto"
-        super().__init__(color_system=colors, highlight=False, force_jupyter=False, **kwargs)
+    """rich's console, for our streams."""
 
     @property
     def is_terminal(self):  # whatever FORCE_COLOR says: a file gets no escape codes
@@ -52,7 +47,9 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-stdout, stderr = _Console(), _Console(stderr=True)
+# no colours, nor bold, where NO_COLOR is set (https://no-color.org)
+STYLE = {"color_system": None if os.environ.get("NO_COLOR") else "auto", "highlight": False}
+stdout, stderr = (_Console(stderr=there, force_jupyter=False, **STYLE) for there in (False, True))
 
 
 def rank() -> int:
@@ -77,9 +74,7 @@ def check_place():
 
 
 def log(text="", label="", style="", console=stderr, fold=True, every_rank=False):
-    """A message of rank 0, after a styled label. On a terminal it is folded at words, all lines
-    below each other (a `command` stays whole); elsewhere a line stays as it is, for grep.
-    """
+    """A message of rank 0 after a styled label; on a terminal it is folded, but no `command` is."""
     if rank() > 0 and not every_rank:
         return
     lines = visible(text).split("\n")
@@ -94,12 +89,12 @@ def log(text="", label="", style="", console=stderr, fold=True, every_rank=False
 
 def log_row(label: str, text: str, style: str = "dim", console=stderr):
     """`label      text`: the form of headers and summaries; on stdout if they are results."""
-    log(text, f"{label:<{LABEL - 1}} ", style, console)
+    log(text, f"{label:<10} ", style, console)
 
 
 def log_next(*commands: str, console=stderr):
     """Say what to type next, a command a line, never folded: it is there to be pasted."""
-    log("\n".join(commands), f"{'next':<{LABEL - 1}} ", "dim", console, fold=False)
+    log("\n".join(commands), f"{'next':<10} ", "dim", console, fold=False)
 
 
 def warn(message: str):
@@ -142,9 +137,8 @@ def from_here(path):
 def human_time(seconds: float) -> str:
     """92 -> '1m32s'."""
     minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
@@ -155,9 +149,7 @@ def perplexity(loss: float) -> float:
 
 @contextlib.contextmanager
 def progress(label: str, total: int | None, unit: str, done: int = 0):
-    """Yield a function to be told how much more of a long piece of work is done. On a terminal that
-    is a live line, gone when the work is; elsewhere a plain line every LINE_SECONDS.
-    """
+    """Yield a function to be told how much more is done: a live line, or one every LINE_SECONDS."""
     label, shown = visible(label), time.monotonic()
     name = TextColumn("{task.description}", markup=False)  # a file may be called [x]
     count = "{task.completed:,.0f}" + (" / {task.total:,.0f}" if total else "") + f" {unit}"
@@ -168,14 +160,12 @@ def progress(label: str, total: int | None, unit: str, done: int = 0):
         def advance(amount):
             nonlocal shown
             bar.advance(task.id, amount)
-            if not bar.disable or time.monotonic() - shown < LINE_SECONDS:
-                return
-            shown = time.monotonic()
-            line = f"{label}: {task.completed:,}"
-            if total:
-                left = task.elapsed / max(1, task.completed - done) * task.remaining
-                line += f" of {total:,} {unit}, {human_time(left)} left"
-            log(line)
+            if bar.disable and time.monotonic() - shown >= LINE_SECONDS:
+                shown, of = time.monotonic(), ""
+                if total:
+                    left = task.elapsed / max(1, task.completed - done) * task.remaining
+                    of = f" of {total:,} {unit}, {human_time(left)} left"
+                log(f"{label}: {task.completed:,}{of}")
 
         yield advance
 
@@ -191,17 +181,14 @@ def _live(*columns):
 
 
 def run(main, argv=None) -> int:
-    """Call a script's main and turn what it raises into an exit code and `error: ...` lines.
-
+    """Call a script's main and turn what it raises into an exit code and `error: ...` lines:
     2 bad input (ValueError, a file that cannot be read), 130 Ctrl-C, 0 a closed pipe, 4 any other
     OSError; the `exit_code` of our own exceptions' classes goes first. --debug adds the traceback.
     """
-    arguments = sys.argv[1:] if argv is None else argv
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller (`>&-`)
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        if hasattr(getattr(sys, name), "reconfigure"):  # a name of any encoding can be shown
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # `>&-`
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a name of any encoding can be shown
+            stream.reconfigure(errors="backslashreplace")
     try:
         check_place()
         return main(argv) or 0
@@ -210,23 +197,17 @@ def run(main, argv=None) -> int:
             print(file=sys.stderr)  # so that the shell's prompt starts a new line after ^C
         return 130
     except BrokenPipeError:  # `generate.py | head`: the reader has what it wants
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stdout.on_broken_pipe()
         return 0
     except Exception as error:
-        code = _exit_code(error)
+        other = 4 if isinstance(error, OSError) else None
+        code = getattr(error, "exit_code", 2 if isinstance(error, INPUT_ERRORS) else other)
         if code is None:
             raise
-        if "--debug" in arguments:
+        if "--debug" in (sys.argv if argv is None else argv):
             traceback.print_exc()
         _show_error(error, code)
         return code
-
-
-def _exit_code(error):
-    unreadable = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-    is_input = isinstance(error, (ValueError, *unreadable))
-    other = 4 if isinstance(error, OSError) else None
-    return getattr(error, "exit_code", 2 if is_input else other)
 
 
 def _show_error(error, code):
@@ -236,10 +217,10 @@ def _show_error(error, code):
         label = f"process {rank()}: {label}"
     elif os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    lines = str(error).splitlines() or [type(error).__name__]
+    text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        lines = [f"{error.filename}: {error.strerror}" if error.filename else error.strerror]
-    for line in lines:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    for line in text.splitlines():
         log(line[:1000], label, "red", every_rank=True)  # a file's content may be in it
 
 
@@ -247,7 +228,6 @@ def _show_error(error, code):
 
 TAGS = {"loss": "loss/train", "val_loss": "loss/val"}  # of records; the others are their own
 OWNER = ".checkpoint_dir"  # in a run's folder: whose run it is
-MOST_METRICS = 1 << 28  # bytes
 
 
 class Record(TypedDict, extra_items=FiniteFloat | None):
@@ -260,12 +240,11 @@ class Record(TypedDict, extra_items=FiniteFloat | None):
 @contextlib.contextmanager
 def open_run(log_dir, checkpoint_dir, name: str | None, step: int, wanted: str | None = None):
     """Hold a run's folder; yields its name and what was logged up to step, from where it goes on.
-
     name: that of the run so far, None for a new run; wanted: what its user calls it. A folder is of
     one checkpoint_dir: the run of a copied one goes on in a folder of its own.
     """
     dated = Path(log_dir, time.strftime("%Y-%m-%d_%H-%M-%S"))
-    before = folder = Path(log_dir, name or dated.name)
+    before = folder = Path(log_dir, name) if name else files.free_name(dated)
     owner = here = os.path.realpath(checkpoint_dir)
     with contextlib.suppress(OSError, ValueError):
         owner = files.read_text(before / OWNER)
@@ -273,35 +252,25 @@ def open_run(log_dir, checkpoint_dir, name: str | None, step: int, wanted: str |
         folder = Path(log_dir, wanted)
         if (folder / "metrics.jsonl").exists():
             raise ValueError(f"--run_name {wanted}: {folder} holds a run; choose another name")
-    elif name is None or owner != here:
+    elif owner != here:
         folder = files.free_name(dated)
-    if name is not None and folder != before:
+    if name and folder != before:
         log_row("run", f"{folder} goes on from step {step:,} of {before}, which stays as it is")
     with files.lock(files.own_folder(folder)):
         with files.atomic_write(folder / OWNER, "w") as file:
             file.write(here)
-        records, problem = read_metrics(before / "metrics.jsonl")
-        if problem and folder == before:
-            aside = files.free_name(folder / "metrics.jsonl.damaged")
-            os.replace(folder / "metrics.jsonl", aside)
-            warn(f"{problem}; the file is kept as {aside}")
+        path, records = before / "metrics.jsonl", []
+        try:
+            content = files.read_bytes(path, most=1 << 28) if path.exists() else b""
+            for number, line in enumerate(io.BytesIO(content), start=1):
+                if line.endswith(b"\n"):  # half a line at the end is what a kill may leave
+                    records.append(files.check_json(line, Record, f"{path}, line {number}"))
+        except (OSError, ValueError) as error:
+            if folder == before:
+                aside = files.free_name(f"{path}.damaged")
+                os.replace(path, aside)
+                warn(f"{error}; the file is kept as {aside}")
         yield folder.name, [record for record in records if record["step"] <= step]
-
-
-def read_metrics(path) -> tuple[list[dict], str]:
-    """The records of a metrics.jsonl up to the first line that is none, and what is wrong with it;
-    half a line at the end is what a kill may leave.
-    """
-    records = []
-    try:
-        for number, line in enumerate(io.BytesIO(files.read_bytes(path, MOST_METRICS)), start=1):
-            if line.endswith(b"\n"):
-                records.append(files.check_json(line, Record, f"{path}, line {number}"))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        return records, str(error)
-    return records, ""
 
 
 class RunLog:
@@ -321,24 +290,21 @@ class RunLog:
         """Open the files, on rank 0, and start the clock. config.json is a valid --config."""
         if rank() == 0:
             with files.writing(self.folder):
-                self._open(json.dumps(config, indent=2))
+                is_copy, text = not any(self.folder.glob("events*")), json.dumps(config, indent=2)
+                lines = "".join(json.dumps(record) + "\n" for record in self.records)
+                for name, content in ("config.json", text), ("metrics.jsonl", lines):
+                    with files.atomic_write(self.folder / name, "w") as file:
+                        file.write(content)
+                names = "metrics.jsonl", f"events.out.tfevents.{time.time():.6f}"
+                self.files = [files.open_to_append(self.folder / name) for name in names]
+                self._event(0, file_version="brain.Event:2")
+                # what TensorBoard has of later steps is from a run that was killed
+                self._event(self.first_step + 1, session_log={"status": "START"})
+                self._plot({"step": self.first_step}, config=text)
+                for record in self.records if is_copy else ():
+                    self._plot(record)
         self.bar.start()
         self.started = time.perf_counter()
-
-    def _open(self, config):
-        is_copy = not any(self.folder.glob("events*"))
-        lines = (json.dumps(record) + "\n" for record in self.records)
-        for name, text in {"config.json": config, "metrics.jsonl": "".join(lines)}.items():
-            with files.atomic_write(self.folder / name, "w") as file:
-                file.write(text)
-        names = "metrics.jsonl", f"events.out.tfevents.{time.time():.6f}"
-        self.files = [files.open_to_append(self.folder / name) for name in names]
-        self._event(0, file_version="brain.Event:2")
-        # what TensorBoard has of later steps is from a run that was killed
-        self._event(self.first_step + 1, session_log={"status": "START"})
-        self._plot({"step": self.first_step}, config=config)
-        for record in self.records if is_copy else ():
-            self._plot(record)
 
     def _event(self, step, **content):
         """Write it here: the thread of TensorBoard's own writer does not survive a full disk."""
@@ -365,37 +331,33 @@ class RunLog:
         self._event(record["step"], summary={"value": summary})
 
     def advance(self, step: int):
-        """One more step is made."""
         self.bar.update(self.task, completed=step)
 
     def write(self, record: dict, sample: str | None = None, memory_mb: float | None = None):
-        """Log one step; adds `seconds` since the first step, summed over resumes. A number that is
-        not finite, as of a step that float16 has skipped, becomes None: JSON has no word for it.
-        """
+        """Log a step; `seconds` is summed over resumes, numbers that are not finite become None."""
         elapsed = time.perf_counter() - self.started
-        left = elapsed / (record["step"] - self.first_step) * (self.total - record["step"])
-        self._show(record, left)
+        self._show(record, elapsed / (record["step"] - self.first_step))
         record["seconds"] = self.seconds_before + elapsed
         record |= {name: None for name, v in record.items() if v and not math.isfinite(v)}
         self.records.append(record)
-        if not self.files:
-            return
-        with files.writing(self.folder):
-            self.files[0].write(json.dumps(record).encode() + b"\n")
-            self._plot(record, sample=sample, memory_mb=memory_mb)
-            for file in self.files:
-                file.flush()
+        if self.files:
+            with files.writing(self.folder):
+                self.files[0].write(json.dumps(record).encode() + b"\n")
+                self._plot(record, sample=sample, memory_mb=memory_mb)
+                for file in self.files:
+                    file.flush()
 
     def val_losses(self, step=math.inf) -> list[float]:
         """Those of all evaluations up to step; infinite if one was not finite."""
         records = [r for r in self.records if "val_loss" in r and r["step"] <= step]
         return [math.inf if r["val_loss"] is None else r["val_loss"] for r in records]
 
-    def _show(self, record, left):
+    def _show(self, record, step_seconds):
         """The live line, or a plain one; an evaluation's stays on a terminal too."""
         step, loss = f"step {record['step']}/{self.total}: ", f"loss {record['loss']:.4f}"
         rate, speed = f"lr {record['lr']:.2e}", f"{record['tokens_per_second']:,.0f} tok/s"
-        left = [] if record["step"] == self.total else [f"{human_time(left)} left"]
+        steps = self.total - record["step"]
+        left = [f"{human_time(steps * step_seconds)} left"] if steps else []
         self.bar.update(self.task, description=", ".join([*left, loss, rate, speed]))
         if self.bar.disable:
             norm = f"norm {record['grad_norm']:.2f}"
@@ -407,7 +369,6 @@ class RunLog:
             log(step + ", ".join(parts if self.bar.disable else [loss, *parts, *left]))
 
     def close(self):
-        """Remove the live line and close the files."""
         self.bar.stop()
         for file in self.files:
             with contextlib.suppress(OSError):  # it has no room for what a failed write has left

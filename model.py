@@ -44,8 +44,8 @@ class CausalSelfAttention(nn.Module):
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
-    """Scaled dot-product attention (B, H, T, D). In bf16 on a CPU the fused kernel saves memory but
-    takes twice as long as plain products, so those serve T > 1 if the scores (B, H, T, S) are few.
+    """Scaled dot-product attention (B, H, T, D). In bf16 on a CPU plain products take half the time
+    of the fused kernel, and so serve T > 1 unless their scores (B, H, T, S) fill the memory.
     """
     q, T, scores = q.to(k.dtype), q.shape[2], q[..., 0].numel() * k.shape[2]
     if k.device.type == "cpu" and k.dtype == torch.bfloat16 and T > 1 and scores <= MAX_SCORES:
@@ -79,9 +79,7 @@ def attention_mask(config, positions, S):
 
 
 def alibi_bias(distance, n_head):
-    """ALiBi (Press et al. 2022): a penalty linear in the distance (B or 1, 1, T, S); later tokens,
-    at a negative distance, get -inf.
-    """
+    """ALiBi (Press et al. 2022): a penalty linear in distance (B or 1, 1, T, S), -inf below 0."""
     power = 2 ** math.floor(math.log2(n_head))
     head = torch.arange(n_head, device=distance.device)
     # slopes 2^(-8/n), 2^(-16/n) ... for n a power of two; further heads: every second one for 2n
@@ -91,10 +89,8 @@ def alibi_bias(distance, n_head):
 
 
 def rotary_cos_sin(positions, head_size, dtype):
-    """RoPE (Su et al. 2021) at positions (B or 1, T): cosines and signed sines, (B or 1, 1, T, D),
-    in at least float32: bf16 has only 8 bits of precision, too few for positions.
-    """
-    dtype = torch.promote_types(dtype, torch.float32)
+    """RoPE (Su et al. 2021) at positions (B or 1, T): cosines, signed sines, (B or 1, 1, T, D)."""
+    dtype = torch.promote_types(dtype, torch.float32)  # bf16 is too rough for positions
     channels = torch.arange(0, head_size, 2, device=positions.device, dtype=dtype)
     angles = positions[:, None, :, None] * 10000.0 ** (-channels / head_size)  # (.., 1, T, D/2)
     cos, sin = angles.cos(), angles.sin()
@@ -102,9 +98,7 @@ def rotary_cos_sin(positions, head_size, dtype):
 
 
 def apply_rotary(x, cos, sin):
-    """Rotate channel pairs (i, i + D/2) of x (.., T, D) by a position-dependent angle, so that q.k
-    depends only on the relative position.
-    """
+    """Rotate channel pairs (i, i + D/2) of x (.., T, D): q.k then depends on the distance alone."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
@@ -141,9 +135,8 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019) under the published weights' parameter names.
-
-    With position "rope" or "alibi" there is no position table and no maximum length.
+    """GPT-2 (Radford et al. 2019) under the published weights' parameter names. Only learned
+    positions have a table, and a maximum length.
     """
 
     def __init__(self, config: GPT2Config):
@@ -158,11 +151,7 @@ class GPT2(nn.Module):
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2017)
-        self._init_weights()
-
-    def _init_weights(self):
-        """N(0, 0.02), scaled by 1/sqrt(2 n_layer) for the residual projections (c_proj)."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        residual_std = 0.02 / math.sqrt(2 * config.n_layer)  # of the projections onto the residual
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -173,9 +162,8 @@ class GPT2(nn.Module):
     def forward(self, idx, targets=None, cache=None, last=None):
         """Logits (B, T, V) and the loss (see cross_entropy), None without targets.
 
-        idx and targets are int64 (B, T). With a cache, idx continues the cached tokens.
-        last, int64 (B,), asks for the logits at one position of each row: (B, 1, V).
-        Raises ValueError if T > block_size, positions are learned and there is no cache.
+        idx, targets: int64 (B, T); with a cache, idx continues the cached tokens. last, int64 (B,),
+        asks for one position of each row: (B, 1, V). ValueError beyond learned positions.
         """
         x = self.hidden(idx, cache)
         if last is not None:
@@ -232,10 +220,7 @@ class GPT2(nn.Module):
 
 
 def cross_entropy(logits, targets):
-    """Mean cross-entropy in nats, in at least float32; targets of -1 do not count.
-
-    logits (B, T, V), targets int64 (B, T).
-    """
+    """Mean of logits (B, T, V) and targets, int64 (B, T), in nats; those of -1 do not count."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
@@ -250,9 +235,8 @@ def context_limit(config: GPT2Config) -> int | None:
 
 def context_start(length: int, limit: int | None) -> int:
     """First of `length` tokens that the model still sees when it predicts the next one. Beyond the
-    limit it keeps the last limit // 2 and grows until full: sliding by one token would mean
-    recomputing the whole cache for every token. With limit 8: start 0 up to length 8, 5 at length 9
-    (keeps 4), then unchanged until 8 are seen.
+    limit it keeps the last limit // 2 and grows until full, as sliding by one token would recompute
+    the cache for each. With limit 8: 0 up to length 8, 5 from 9 (keeps 4) to 13, 10 from 14.
     """
     if limit is None or length <= limit:
         return 0
@@ -261,11 +245,9 @@ def context_start(length: int, limit: int | None) -> int:
 
 
 class KVCache:
-    """Keys and values of the tokens that each row has seen; GPT2.forward fills it.
-
-    Entries past a row's length are ignored and later overwritten. After prefilling right-padded
-    prompts of unequal length, call set_lengths. Rows of different lengths are masked; on a GPU no
-    shape then depends on the lengths, as a CUDA graph requires.
+    """Keys and values of the tokens that each row has seen; GPT2.forward fills it. Entries past a
+    row's length are ignored and later overwritten: set_lengths after right-padded prompts. Where
+    lengths differ rows are masked, on a GPU in shapes that a CUDA graph can keep.
     """
 
     def __init__(self, config: GPT2Config, batch_size: int, capacity: int, device=None, dtype=None):
@@ -279,8 +261,8 @@ class KVCache:
         self.common_length = lengths[0] if len(set(lengths)) == 1 else None
 
     def advance(self, T: int):
-        """Reserve T more positions per row. Returns the positions (B or 1, T), the number S of keys
-        to attend to, and whether no mask is needed (S == T, or T == 1 with equal lengths).
+        """Reserve T more positions a row: these (B or 1, T), the number S of keys to attend to, and
+        whether no mask is needed (S == T, or T == 1 with equal lengths).
         """
         start, capacity = self.common_length, self.kv.shape[4]
         positions = torch.arange(T, device=self.kv.device)[None]  # (1, T)

@@ -30,28 +30,17 @@ def parameter_groups(model, config: GPT2Config) -> list[dict]:
     """
     matrices, vectors, muon = [], [], []
     for name, p in model.named_parameters():
-        if p.ndim < 2:
-            vectors.append(p)
-        elif config.optimizer == "muon" and ".h." in name:
-            muon.append(p)
-        else:
-            matrices.append(p)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "muon": False},
-        {"params": vectors, "weight_decay": 0.0, "muon": False},
-        {"params": muon, "weight_decay": config.weight_decay, "muon": True},
-    ]
-    return [group for group in groups if group["params"]]
+        is_muon = config.optimizer == "muon" and ".h." in name
+        (vectors if p.ndim < 2 else muon if is_muon else matrices).append(p)
+    decay = config.weight_decay
+    groups = (matrices, decay, False), (vectors, 0.0, False), (muon, decay, True)
+    return [{"params": p, "weight_decay": d, "muon": m} for p, d, m in groups if p]
 
 
 def make_optimizer(model, config: GPT2Config) -> torch.optim.AdamW:
     """AdamW (fused if available), or Muon for block matrices with AdamW for the rest."""
-    device = next(model.parameters()).device
-    settings = {
-        "lr": config.learning_rate,
-        "betas": (config.beta1, config.beta2),
-        "fused": device.type in ("cuda", "cpu"),
-    }
+    settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    settings["fused"] = next(model.parameters()).device.type in ("cuda", "cpu")
     if config.optimizer == "muon":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         return Muon(parameter_groups(model, config), orthogonalize_dtype=dtype, **settings)
@@ -72,12 +61,11 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         """Update all groups; if self.found_inf is 1, nothing changes."""
-        adamw, muon = [], []
-        for group in self.param_groups:
-            (muon if group["muon"] else adamw).append(group)
-        for group in muon:
-            self._muon_step(group)
-        everything, self.param_groups = self.param_groups, adamw
+        everything = self.param_groups
+        for group in everything:
+            if group["muon"]:
+                self._muon_step(group)
+        self.param_groups = [group for group in everything if not group["muon"]]
         try:
             return super().step(closure)
         finally:

@@ -17,16 +17,9 @@ import inspect
 import re
 import textwrap
 from dataclasses import MISSING, fields
-from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
-
-
-class Problem(NamedTuple):
-    """What is wrong: the fields that it is about, and the line that says so."""
-
-    fields: tuple[str, ...]
-    message: str
 
 
 def integer(least: int | None = None, most: int | None = None):
@@ -42,49 +35,45 @@ def number(least=None, most=None, above=None, below=None):
 FolderName = Annotated[str, Field(pattern=r"^\w[\w.\-]{0,127}$")]  # no path
 
 
-# ---------------------------------------------------------------- checking
-
-
 def validate(options, found=()):
     """Give every field its proper type; ValueError with a line for each problem, also of found."""
     if found := problems(options, found):
-        raise ValueError("\n".join(problem.message for problem in found))
+        raise ValueError("\n".join(found))
 
 
-def problems(options, found=()) -> list[Problem]:
-    """found, and everything that is wrong with a dataclass: types and ranges, then the lines of its
-    own method `problems` about combinations of fields that are right by themselves.
-    """
-    cls, values = type(options), {f.name: getattr(options, f.name) for f in fields(options)}
-    values, wrong = typed(cls, values, strict=True)
+def problems(options, found=()) -> list[str]:
+    """found, a line for each other wrong value, and what the dataclass itself says of the rest."""
+    cls, found = type(options), list(found)
+    values, wrong = typed(cls, vars(options), strict=True)
     vars(options).update(values)
-    known = {name for problem in found for name in problem.fields}
-    found = [*found, *(problem for problem in wrong if problem.fields[0] not in known)]
-    bad = {name for problem in found for name in problem.fields}
+    found += [line for line in wrong if not named(line) & named(*found)]
     if hasattr(cls, "problems"):
-        for message in cls(**values).problems():
-            names = re.findall(r"--(\w+)", message)
-            if not bad & set(names):
-                found.append(Problem(tuple(names), message))
+        found += [line for line in cls(**values).problems() if not named(line) & named(*found)]
     return found
 
 
-def typed(cls, values: dict, strict: bool = False) -> tuple[dict, list[Problem]]:
-    """The values of cls's fields in their proper types, and a problem for each that does not fit.
+def named(*lines: str) -> set[str]:
+    """The fields that lines are about: their flags, or the positional argument at the start."""
+    return {name for line in lines for name in re.findall(r"(?:^|--)(\w+)", line)}
 
-    Values are texts from the command line; where strict, what Python or JSON made of them.
+
+def typed(cls, values: dict, strict: bool = False) -> tuple[dict, list[str]]:
+    """The values that fit cls's fields, in their proper types, and a line for each other one.
+    They are texts from the command line; where strict, what Python or JSON made of them.
     """
-    good, found, hints = {}, [], get_type_hints(cls, include_extras=True)
-    for name, value in values.items():
-        if not strict and type(None) in get_args(hints[name]) and str(value).lower() == "none":
+    good, found = {}, []
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        if name not in values:
+            continue
+        value = values[name]
+        if not strict and type(None) in get_args(hint) and str(value).lower() == "none":
             value = None
         try:
-            good[name] = TypeAdapter(hints[name]).validate_python(value, strict=strict)
+            good[name] = TypeAdapter(hint).validate_python(value, strict=strict)
         except ValidationError as error:
-            first = error.errors()[0]
+            first, flag = error.errors()[0], _flag(cls, name)
             shown = repr(first["input"]) if strict else str(first["input"])  # '6' is no number
-            flag = _flag(cls, name)
-            found.append(Problem((name,), f"{flag} {shown[:100]}: {reason(first)}"))
+            found.append(f"{flag} {shown[:100]}: {reason(first)}")
             if flag == name:  # a positional argument has no default
                 good[name] = None
     return good, found
@@ -104,9 +93,6 @@ def _flag(cls, name):
     return name if field.default is field.default_factory is MISSING else f"--{name}"
 
 
-# ---------------------------------------------------------------- the command line
-
-
 def parse_args(cls, argv, doc, usage=None):
     """A script's options from its command line; ValueError with a line for every problem."""
     (options,), _, found = parse(argv, doc, cls, usage=usage)
@@ -114,17 +100,20 @@ def parse_args(cls, argv, doc, usage=None):
     return options
 
 
-def parse(argv, doc, *classes, usage=None) -> tuple[list, set[str], list[Problem]]:
-    """One instance of each dataclass, the names of the fields that the command line has set, and
-    the problems in it. Nothing is checked across fields: presets and files may still change them.
+def parse(argv, doc, *classes, usage=None) -> tuple[list, set[str], list[str]]:
+    """An instance of each dataclass, the names of the fields that the command line has set, and its
+    problems. Nothing is checked across fields: presets and files may still change them.
     """
     parser = Parser(doc, classes, usage)
     known, unknown = parser.parse_known_args(argv)
     texts = {name: text for name, text in vars(known).items() if text is not None}
-    instances, found = [], parser.unknown_flags(unknown)
+    instances, found = [], []
+    for flag in [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown[:1]:
+        near = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help"
+        found.append(f"unknown argument {flag}; {hint}")
     for cls in classes:
-        names = {field.name for field in fields(cls)}
-        values, wrong = typed(cls, {n: text for n, text in texts.items() if n in names})
+        values, wrong = typed(cls, texts)
         instances.append(cls(**values))
         found += wrong
     return instances, set(texts) - {"debug"}, found
@@ -147,22 +136,16 @@ class Parser(argparse.ArgumentParser):
         for cls in classes:
             notes, hints = describe_fields(cls), get_type_hints(cls)
             for field in fields(cls):
-                title, comment = notes[field.name]
+                flag, (title, comment) = _flag(cls, field.name), notes[field.name]
                 groups[title] = groups.get(title) or self.add_argument_group(title)
-                details = _details(field.name, hints[field.name]) | {"help": _help(field, comment)}
-                groups[title].add_argument(_flag(cls, field.name), **details)
+                comment, _, unset = comment.partition("; unset: ")  # what None stands for
+                if field.default is not False and field.default not in (MISSING, ""):
+                    comment += f" (default: {unset or str(field.default).lower()})"
+                details = _details(field.name, hints[field.name])
+                groups[title].add_argument(flag, help=comment.replace("%", "%%"), **details)
 
     def error(self, message):
         raise ValueError(f"{message} (see {self.prog} --help)")
-
-    def unknown_flags(self, words) -> list[Problem]:
-        """A problem for each unknown flag, naming the nearest known one."""
-        found = []
-        for flag in [word.split("=")[0] for word in words if word.startswith("--")] or words[:1]:
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
-            found.append(Problem((), f"unknown argument {flag}; {hint}"))
-        return found
 
 
 def _details(name, hint) -> dict:
@@ -178,14 +161,6 @@ def _details(name, hint) -> dict:
         return {"metavar": f"{{{','.join(choices)}}}"}
     other = "DIR" if name.endswith("_dir") else name.upper()
     return {"metavar": {int: "N", float: "X"}.get(hint, other)}
-
-
-def _help(field, comment):
-    """The comment and the default; "; unset: ..." in it says what None stands for."""
-    comment, _, unset = comment.partition("; unset: ")
-    if field.default is not False and field.default not in (MISSING, ""):
-        comment += f" (default: {unset or str(field.default).lower()})"
-    return comment.replace("%", "%%")
 
 
 def describe_fields(cls) -> dict[str, tuple[str, str]]:

@@ -1,5 +1,4 @@
 """Several processes: joining them, sharding or replicating the model, and what they exchange.
-
 With one process, these are no-ops or local calls.
 """
 
@@ -8,14 +7,12 @@ import datetime
 import os
 import signal
 import time
-from dataclasses import replace
 
 import torch
 import torch._functorch.config
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from config import GPT2Config, to_dict
 from logger import log_row, rank, warn, world_size
 
 
@@ -26,12 +23,10 @@ class PeerError(Exception):
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device, timeout: float = 600):
+def process_group(device: torch.device, timeout: float = 600, alike: dict | None = None):
     """Join the other processes that torchrun started, if any; PeerError, with the ranks, if any
-    dies or does not respond within timeout seconds.
-
-    Yields a gloo group for agreeing on the host: NCCL, which has the GPU tensors, kills the process
-    without an error at its timeout, so that is longer.
+    dies or does not respond within timeout seconds, ValueError if `alike` is another in any. Yields
+    a gloo group for agreeing on the host: NCCL waits longer, as its timeout kills without an error.
     """
     if world_size() == 1 or dist.is_initialized():
         yield None
@@ -41,14 +36,13 @@ def process_group(device: torch.device, timeout: float = 600):
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=patience))
         store = _store_of_this_start(store, timeout)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=store,
-            rank=rank(),
-            world_size=world_size(),
-            timeout=2 * patience if cuda else patience,
-            device_id=device if cuda else None,
-        )
+        place = {"store": store, "rank": rank(), "world_size": world_size()}
+        backend, wait = ("cpu:gloo,cuda:nccl", 2 * patience) if cuda else ("gloo", patience)
+        dist.init_process_group(backend, timeout=wait, device_id=device if cuda else None, **place)
+        for other, theirs in enumerate(all_gather([alike])):
+            if unlike := [name for name in alike or () if theirs[name] != alike[name]]:
+                line = f"process {other} has another {unlike[0]} than process {rank()}"
+                raise ValueError(f"{line}; start all with the same flags and the same data")
         yield dist.new_group(backend="gloo", timeout=patience)
     except RuntimeError as error:  # gloo raises plain RuntimeError
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -78,11 +72,10 @@ def _missing_ranks(store) -> str:
     try:
         store.set(f"waiting {rank()}", "")
         time.sleep(3 if rank() > 0 else 5)  # the store may be rank 0's, so it leaves last
-        others = range(world_size())
-        missing = [other for other in others if not store.check([f"waiting {other}"])]
+        missing = [n for n in range(world_size()) if not store.check([f"waiting {n}"])]
     except (AttributeError, RuntimeError):  # there is no store, or rank 0 is gone with it
         missing = [0]
-    return " and ".join(f"process {other}" for other in missing) or "a process"
+    return " and ".join(f"process {n}" for n in missing) or "a process"
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,15 +96,14 @@ def all_gather(items: list) -> list:
 
 def broadcast_from_rank0(function):
     """What function returns, or raises, on rank 0; other ranks do not call it."""
-    if world_size() == 1:
-        return function()
     answer = [None]
     if rank() == 0:
         try:
             answer = [function()]
         except Exception as error:
             answer = [error]
-    dist.broadcast_object_list(answer)
+    if world_size() > 1:
+        dist.broadcast_object_list(answer)
     if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]
@@ -127,8 +119,8 @@ class StopSignals:
 
     def __enter__(self):
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self.before[signum] = signal.signal(signum, self.handle)
+            stops = signal.SIGINT, signal.SIGTERM
+            self.before = {signum: signal.signal(signum, self.handle) for signum in stops}
         return self
 
     def __exit__(self, *exception):
@@ -145,14 +137,10 @@ class StopSignals:
 
     def received(self) -> int | None:
         """A signal received by any rank, or None. Collective: every rank must call it."""
-        if world_size() == 1:
-            return self.signum
         signum = torch.tensor(self.signum or 0)
-        dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
+        if world_size() > 1:
+            dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
         return signum.item() or None
-
-
-# ---------------------------------------------------------------- the model
 
 
 def shard(model, device, dtype):
@@ -194,21 +182,6 @@ def compile_model(model):
         return model
     log_row("compiling", "the model, in the first step (about a minute)")
     return torch.compile(model)
-
-
-def check_alike(config: GPT2Config, data_hash: str):
-    """ValueError if the processes were started with different settings or see different data."""
-    mine = to_dict(replace(config, device=None)) | {"data set": data_hash}
-    for other, theirs in enumerate(all_gather([mine])):
-        unlike = [name for name in mine if theirs[name] != mine[name]]
-        if unlike:
-            raise ValueError(
-                f"process {other} has another {unlike[0]} than process {rank()}; start all of them "
-                "with the same flags and the same data"
-            )
-
-
-# ---------------------------------------------------------------- full state
 
 
 def full_state(model, optimizer) -> tuple[dict, dict]:

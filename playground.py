@@ -33,8 +33,7 @@ from options import integer, parse_args
 from sampling import Sampling, TextStream, generate_ids, logits_to_probs, prompt_ids
 
 TEXT_TOKENS, REQUEST_BYTES, AT_ONCE = 2048, 2**18, 16  # of a text; of a request; requests
-BODY_SECONDS = 10  # in which a request must be here
-PAUSE_SECONDS = 0.1  # between two messages with new tokens
+BODY_SECONDS, PAUSE_SECONDS = 10, 0.1  # for a request to come; between messages with new tokens
 SHOWN, COLUMNS = 10, 6  # candidates; tokens in the table of layers
 POLICY = "default-src 'self' 'unsafe-inline' data:; base-uri 'none'; frame-ancestors 'none'"
 
@@ -92,14 +91,10 @@ def logit_lens(model, ids, places=slice(None)):
 
 @torch.inference_mode()
 def candidates(model, ids, sampling=None):
-    """All tokens that could follow, the likeliest first: ids, probabilities, and those after
-    temperature, top_k and top_p; (V,) each.
-    """
+    """Of all that could follow, the likeliest first: ids, probabilities, those when drawn; (V,)."""
     sampling, start = sampling or Sampling(), context_start(len(ids), context_limit(model.config))
     logits = logit_lens(model, ids[start:], [-1])[-1]  # (1, V)
-    p, kept = logits.new_ones(1, 1), logits.argmax(dim=-1, keepdim=True)
-    if sampling.temperature >= 1e-6:  # below, the likeliest is taken
-        p, kept = logits_to_probs(logits, sampling)  # (1, K) each
+    p, kept = logits_to_probs(logits, sampling)  # (1, K) each
     after = torch.zeros_like(logits).scatter(1, kept, p / p.sum())
     before, order = torch.softmax(logits[0], dim=-1).sort(descending=True, stable=True)
     return order, before, after[0, order]
@@ -112,9 +107,9 @@ def surprise(model, ids):
     idx = torch.tensor(ids, device=next(model.parameters()).device)
     nats = torch.zeros(len(ids))
     for start, places in groupby(range(1, len(ids)), lambda place: context_start(place, limit)):
-        first, *_, last = [*places] * 2
-        logits = model(idx[None, start:last])[0][0, first - 1 - start :].float()  # (P, V)
-        nats[first : last + 1] = F.cross_entropy(logits, idx[first : last + 1], reduction="none")
+        places = [*places]
+        logits = model(idx[None, start : places[-1]])[0][0, -len(places) :].float()  # (P, V)
+        nats[places] = F.cross_entropy(logits, idx[places], reduction="none").cpu()
     return nats / math.log(2)
 
 
@@ -151,18 +146,18 @@ def write(model, ids, ask, tokenizer):
 def application(model, tokenizer, name, hosts):
     """The ASGI application; one thread does all the work with the model."""
     from starlette import applications, responses, routing
-    from starlette.middleware import Middleware, trustedhost
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     worker, turn, places = ThreadPoolExecutor(1), asyncio.Lock(), asyncio.Semaphore(AT_ONCE)
     say = responses.PlainTextResponse
-    page = Path(__file__).with_name("playground.html").read_text("utf-8")
-    page = responses.HTMLResponse(page, headers={"content-security-policy": POLICY})
+    html = Path(__file__).with_name("playground.html").read_text("utf-8")
+    page = responses.HTMLResponse(html, headers={"content-security-policy": POLICY})
     with torch.device("meta"):  # the shapes of an int8 model's weights are not among its own
         shapes = {name: list(p.shape) for name, p in type(model)(model.config).named_parameters()}
     spelt = [tokenizer.decode_bytes([i]).decode("latin-1") for i in range(tokenizer.vocab_size)]
     facts = {"name": name, "about": describe_model(model, tokenizer), "shapes": shapes}
     facts |= {"config": asdict(model.config), "settings": TypeAdapter(Ask).json_schema()}
-    facts |= {"bytes": spelt, "eot": tokenizer.eot_id}
+    facts = responses.JSONResponse(facts | {"bytes": spelt, "eot": tokenizer.eot_id})
 
     def in_worker(function, *arguments):
         return asyncio.get_running_loop().run_in_executor(worker, function, *arguments)
@@ -195,17 +190,14 @@ def application(model, tokenizer, name, hosts):
         async with places:
             await app(scope, receive, send)
 
-    posts = [routing.Route(f"/{p}", answer, methods=["POST"]) for p in ("read", "look", "write")]
-    gets = [routing.Route("/", page), routing.Route("/facts", responses.JSONResponse(facts))]
-    app = applications.Starlette(
-        routes=gets + posts,
-        middleware=[Middleware(trustedhost.TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers={
-            kind: lambda request, error: say(str(error) or "too slow", 400)
-            for kind in (ValueError, TimeoutError, torch.OutOfMemoryError)
-        },
-        max_body_size=REQUEST_BYTES,
-    )
+    async def refuse(request, error):
+        return say(str(error) or "too slow", 400)
+
+    routes = [routing.Route(f"/{p}", answer, methods=["POST"]) for p in ("read", "look", "write")]
+    routes += routing.Route("/", page), routing.Route("/facts", facts)
+    refused = dict.fromkeys((ValueError, TimeoutError, torch.OutOfMemoryError), refuse)
+    limits = {"exception_handlers": refused, "max_body_size": REQUEST_BYTES}
+    app = TrustedHostMiddleware(applications.Starlette(routes=routes, **limits), hosts)
     return gate
 
 

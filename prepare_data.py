@@ -26,7 +26,7 @@ from pydantic import Field
 
 import files
 import sources
-from data import META_FORMAT, TOKEN_DTYPES, Count, Meta, TokenDataset, read_meta
+from data import META_FORMAT, TOKEN_DTYPES, Count, Meta, TokenDataset
 from files import writing
 from logger import command_for, log_next, log_row, progress, run, stdout, warn
 from options import integer, number, parse_args, validate
@@ -35,14 +35,11 @@ from tokenizer import KINDS, MOST_TOKENS, GPT2Tokenizer, load_tokenizer
 
 # what makes a data set: with the same text and these, it is the same
 SETTINGS = ("dataset", "name", "tokenizer", "vocab_size", "val_fraction", "encoding", "errors")
-# what a BPE learns from: bytes of distinct words (training takes some 100 times as much memory),
-# and characters in all (a minute)
+# what a BPE learns from: bytes of distinct words (its memory is 100 times that), and characters
 SAMPLE_WORDS, SAMPLE = 5 << 20, 1 << 27
 
 Dataset = Literal["shakespeare", "custom", *HUB_DATASETS]
-Kind = Literal[*KINDS] | str
 Name = Annotated[str, Field(min_length=1)]
-Share = number(above=0, below=1)
 
 
 @dataclass
@@ -50,14 +47,14 @@ class Options:
     # where the text comes from
     dataset: Dataset | None = None  # which text; unset: custom with --input, else shakespeare
     input: list[Name] | None = None  # .txt, .md, .jsonl (or .gz of one), .parquet, or folders
-    name: str | None = None  # part of fineweb: sample-100BT, default ...; unset: sample-10BT
+    name: str | None = None  # part of a data set on the hub; unset: of fineweb sample-10BT
     adopt: Name | None = None  # the folder of nanoGPT's train.bin and val.bin, gpt2's tokens
     encoding: Name | None = None  # of text files: gb18030, big5, utf_16 ...; unset: utf-8
     errors: Literal["strict", "replace"] = "strict"  # what is not in it: stop, or put U+FFFD
     # what becomes of it
-    tokenizer: Kind | None = None  # or a tokenizer.json; unset: gpt2; for shakespeare char
+    tokenizer: Literal[*KINDS] | str | None = None  # or a file; unset: gpt2; for shakespeare char
     vocab_size: integer(257, MOST_TOKENS) | None = None  # of bpe; unset: 4096
-    val_fraction: Share | None = None  # for validation; unset: 0.1; of the hub's data sets 0.0005
+    val_fraction: number(above=0, below=1) | None = None  # held out; unset: 0.1; of the hub 0.0005
     # output
     data_dir: str | None = None  # where to write; unset: ./data/<dataset>
     overwrite: bool = False  # replace a data set that is there
@@ -78,11 +75,12 @@ class Options:
         dataset, kind, custom = self.dataset, self.tokenizer, self.dataset == "custom"
         others = self.input or self.data_dir != self.adopt or dataset != "shakespeare"
         known = kind in KINDS or Path(kind).is_file()
+        has_parts = dataset in HUB_DATASETS and HUB_DATASETS[dataset][-1]
         wrong = [
             (self.adopt and others, "--adopt DIR takes the data set in DIR, and no other flags"),
             (custom and not self.input, "--dataset custom needs --input FILE"),
             (self.input and not custom, f"--input is not for {dataset}; use --dataset custom"),
-            (self.name and dataset != "fineweb", f"--name {self.name}: only for fineweb"),
+            (self.name and not has_parts, f"--name {self.name}: not for {dataset}"),
             (not known, f"--tokenizer {kind}: neither {', '.join(KINDS)} nor a file"),
             (self.vocab_size and kind != "bpe", f"--vocab_size {self.vocab_size}: only for bpe"),
             (self.encoding and not custom, "--encoding is for the text files of --input"),
@@ -90,13 +88,10 @@ class Options:
         return [message for is_so, message in wrong if is_so]
 
 
-# ---------------------------------------------------------------- tokens
-
-
 def make_tokenizer(kind, given, source, vocab_size):
     """The given tokenizer, GPT-2's, or one of this kind that is trained on the text."""
-    if kind == "gpt2":
-        given = given or GPT2Tokenizer()  # before all other work: it may not be had
+    if kind not in ("char", "bpe"):  # which learn from the text
+        given = given or KINDS[kind]()  # before all other work: it may not be had
     characters = {} if kind == "char" else None
     source.survey(characters)
     if given is None and kind == "bpe":
@@ -104,10 +99,9 @@ def make_tokenizer(kind, given, source, vocab_size):
         sample = training_sample(text for _, text in source.texts())
         return files.in_thread(KINDS[kind].train, sample, vocab_size).result()
     given = given or KINDS[kind].train(characters)
-    for new in characters or ():
-        if new not in given.characters:
-            unknown = f"U+{ord(new):04X} {new!r} is not in the vocabulary"
-            raise ValueError(f"{characters[new]}: {unknown} of --tokenizer")
+    if characters and (new := min(characters.keys() - set(given.characters), default="")):
+        where = f"{characters[new]}: U+{ord(new):04X} {new!r}"
+        raise ValueError(f"{where} is not in the vocabulary of --tokenizer")
     return given
 
 
@@ -125,17 +119,16 @@ def training_sample(text):
 
 
 def encode(tokenizer, dtype, as_encoded, piece):
-    """For each split the ids of a piece as on disk, and how many bytes its text has."""
-    end = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype)
-    raw, sizes = {"train": bytearray(), "val": bytearray()}, {"train": 0, "val": 0}
+    """For each split the ids as on disk and the bytes of text; the number of U+FFFD in both."""
+    raw, sizes, replaced = {"train": bytearray(), "val": bytearray()}, {"train": 0, "val": 0}, 0
     for split, text in piece:
-        ids = end if text is END else tokenizer.encode_to_numpy(as_encoded(text))
-        raw[split] += ids.astype(dtype).tobytes()
-        sizes[split] += len((text or "").encode())
-    return raw, sizes
-
-
-# ---------------------------------------------------------------- on disk
+        if text is not END:
+            raw[split] += tokenizer.encode_to_numpy(as_encoded(text)).astype(dtype).tobytes()
+            sizes[split] += len(text.encode())
+            replaced += text.count("\ufffd")
+        elif tokenizer.eot_id is not None:
+            raw[split] += np.array(tokenizer.eot_id, dtype).tobytes()
+    return raw, sizes, replaced
 
 
 class Progress(Meta):
@@ -146,9 +139,7 @@ class Progress(Meta):
 
 
 def append(folder, state, raw, sizes):
-    """Add ids, as on disk, and the bytes of their text to each split; what a killed run has left of
-    the part that it did not finish is cut off.
-    """
+    """Add ids, as on disk, to each split; what a killed run has left of its last part is cut."""
     itemsize = TOKEN_DTYPES[state["dtype"]].itemsize
     for split, counts in state["splits"].items():
         path, size = folder / f"{split}.bin", counts["tokens"] * itemsize
@@ -159,15 +150,6 @@ def append(folder, state, raw, sizes):
             file.write(raw[split])
         counts["tokens"] += len(raw[split]) // itemsize
         counts["bytes"] += sizes[split]
-
-
-def save_progress(folder, state):
-    """Record that one more part is done, once all of it is on disk."""
-    for path in (folder / "train.bin", folder / "val.bin"):
-        with writing(path), files.open_to_append(path) as file:
-            os.fsync(file.fileno())
-    state["position"] += 1
-    write_json(folder / "progress.json", state)
 
 
 def new_meta(tokenizer, origins, settings, splits) -> Meta:
@@ -187,6 +169,28 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
 
 
+def find(path, schema, settings, origins):
+    """A meta.json or progress.json, if there is one; ValueError if of another text or settings."""
+    try:
+        there = files.read_json(path, schema)
+        found = [
+            f"{name}: {there['settings'].get(name)} there, {value} asked for"
+            for name, value in settings.items()
+            if there["settings"].get(name) != value
+        ]
+        digests = [file["sha256"] for file in origins]  # none are known of the hub's
+        if digests and digests != [file["sha256"] for file in there["sources"]]:
+            found.append("another text")
+        if found:
+            raise ValueError(f"{path} is of something else ({'; '.join(found)})")
+        return there
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        remedy = "choose another --data_dir, or make it anew with prepare_data.py --overwrite"
+        raise ValueError(f"{error}; {remedy}") from None
+
+
 def finish_moving(folder):
     """Move a complete data set to its place, unless there is none."""
     if os.path.lexists(folder) and (files.own_folder(folder) / "meta.json").exists():
@@ -200,48 +204,8 @@ def finish_moving(folder):
             shutil.rmtree(folder)
 
 
-def unfinished(folder, settings, origins, overwrite) -> Progress | None:
-    """The progress of a run that was stopped, None if there is none or it is to be overwritten by a
-    different one; otherwise that is a ValueError.
-    """
-    files.clean(folder, "**/*.incomplete")  # of a download that was killed
-    try:
-        state = files.read_json(folder / "progress.json", Progress)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{error}; delete {folder}") from None
-    other = mismatch(state, settings, origins)
-    if other and not overwrite:
-        raise ValueError(f"{folder} holds an unfinished data set {other}")
-    if other:
-        shutil.rmtree(folder)
-        return None
-    log_row("resuming", f"with what is in {folder}")
-    return state
-
-
-def mismatch(there, settings, origins) -> str:
-    """How a meta or a progress differs from what is wanted, and the remedy; "" if it does not."""
-    found = [
-        f"{name}: {there['settings'].get(name)} there, {value} asked for"
-        for name, value in settings.items()
-        if there["settings"].get(name) != value
-    ]
-    digests = [file["sha256"] for file in origins]  # none are known of the hub's
-    if digests and digests != [file["sha256"] for file in there["sources"]]:
-        found.append("another text")
-    remedy = "choose another --data_dir, or make it anew with prepare_data.py --overwrite"
-    return f"of something else ({'; '.join(found)}); {remedy}" if found else ""
-
-
-# ---------------------------------------------------------------- the whole
-
-
 def prepare(options) -> Meta:
-    """Prepare a data set unless it is there already, and return its meta; ValueError for bad text,
-    and if data_dir holds a different data set, which stays intact.
-    """
+    """The meta of a data set, made unless it is there; ValueError for bad text, or another's."""
     data_dir, folder = Path(options.data_dir), Path(options.data_dir, ".unfinished")
     settings = {name: getattr(options, name) for name in SETTINGS}
     kind, given = options.tokenizer, None
@@ -258,25 +222,27 @@ def prepare(options) -> Meta:
         if options.dataset == "shakespeare":
             found = [sources.shakespeare(data_dir)]
         origins, revision = [describe_file(*file) for file in found], None
-        if not options.overwrite and (meta := read_meta(data_dir)):
-            if other := mismatch(meta, settings, origins):
-                raise ValueError(f"{data_dir} holds a data set {other}")
-            TokenDataset(data_dir)  # its files are as meta.json says
+        if not options.overwrite and find(data_dir / "meta.json", Meta, settings, origins):
             log_row("unchanged", f"{data_dir} already holds this text, prepared like this")
-            return meta
-        state = unfinished(folder, settings, origins, options.overwrite)
+            return TokenDataset(data_dir).meta  # its files are as meta.json says
+        try:
+            state = find(folder / "progress.json", Progress, settings, origins)
+        except ValueError:
+            if not options.overwrite:
+                raise
+            shutil.rmtree(folder)
+            state = None
         fetch = [path for _, path in found].__getitem__
         if on_hub:
-            listed = state and (state["revision"], state["sources"])
-            revision, origins = listed or sources.list_hub_files(options.dataset, options.name)
-            at = {"revision": revision, "local_dir": files.own_folder(folder / "download")}
-            fetch = partial(sources.download_from_hub, options.dataset, origins, at)
+            files.clean(folder, "**/*.incomplete")  # of a download that was killed
+            known = state and (state["revision"], state["sources"])
+            revision, origins, fetch = sources.from_hub(options, known, folder / "download")
         form = sources.ParquetFiles if of_parquet else sources.TextFiles
         source = form(origins, fetch, options)
         if state:
+            log_row("resuming", f"with what is in {folder}")
             tokenizer = load_tokenizer(folder / "tokenizer.json")
-            made = new_meta(tokenizer, origins, settings, state["splits"])
-            if any(made[name] != state[name] for name in ("dtype", "vocab_size", "tokenizer")):
+            if tokenizer.hash() != state["tokenizer"]["sha256"]:
                 raise ValueError(f"its tokenizer.json is not progress.json's; delete {folder}")
         else:
             tokenizer = make_tokenizer(kind, given, source, options.vocab_size)
@@ -291,47 +257,49 @@ def prepare(options) -> Meta:
                 shutil.rmtree(folder)
                 share = f"--val_fraction {options.val_fraction}; take another share, or more text"
                 raise ValueError(f"no text for {split}: {share}")
-        meta = {name: state[name] for name in Meta.__annotations__}
-        write_json(folder / "meta.json", meta)
+        del state["revision"], state["position"]
+        write_json(folder / "meta.json", state)
         finish_moving(folder)
-        return meta
+        return state
 
 
 def append_all(folder, state, tokenizer, source, workers):
     """Append the parts that are missing, and record each when it is done."""
     source.done = shown = sum(file["bytes"] for file in source.files[: state["position"]])
-    source.replaced = 0  # learning has read some of it
+    replaced, dtype = 0, TOKEN_DTYPES[state["dtype"]]
     with (
         ThreadPoolExecutor(workers) as pool,  # tiktoken and numpy let others run
         progress("encoding", source.total, source.unit, shown) as advance,
     ):
-        dtype = TOKEN_DTYPES[state["dtype"]]
         start = partial(pool.submit, encode, tokenizer, dtype, source.as_encoded)
         for part in source.parts(state["position"]):
             work = sources.pieces(part, tokenizer.safe_cut)
-            for raw, sizes in sources.in_order(start, work, ahead=workers + 2):
+            for raw, sizes, lost in sources.in_order(start, work, ahead=workers + 2):
                 append(folder, state, raw, sizes)
+                replaced += lost
                 advance(source.done - shown)
                 shown = source.done
+            for path in (folder / "train.bin", folder / "val.bin"):
+                with writing(path), files.open_to_append(path) as file:
+                    os.fsync(file.fileno())
             name = source.files[state["position"]]["name"]
-            save_progress(folder, state)
+            state["position"] += 1
+            write_json(folder / "progress.json", state)
             (folder / "download" / name).unlink(missing_ok=True)
-    if source.replaced and source.errors == "replace":
-        warn(f"{source.replaced:,} U+FFFD are in the text, in place of what cannot be read")
+    if replaced and source.errors == "replace":
+        warn(f"{replaced:,} U+FFFD are in the text, in place of what cannot be read")
 
 
 def adopt(data_dir) -> Meta:
-    """Make a data set of nanoGPT's train.bin and val.bin of gpt2 tokens, and return its meta; the
-    two stay as they are.
-    """
+    """Add tokenizer.json and meta.json to nanoGPT's train.bin and val.bin of gpt2 tokens."""
     data_dir, splits = Path(data_dir), {}
-    if read_meta(data_dir):
+    if (data_dir / "meta.json").exists():
         return TokenDataset(data_dir).meta
     if (data_dir / "meta.pkl").exists():  # a pickle can run code
         raise ValueError(f"{data_dir / 'meta.pkl'}: not gpt2's tokens; prepare the text itself")
     origins = [describe_file(name, data_dir / name) for name in ("train.bin", "val.bin")]
     for split, file in zip(("train", "val"), origins, strict=True):
-        if file["bytes"] % 2 or not file["bytes"]:
+        if file["bytes"] % 2:
             wrong = f"{file['bytes']:,} bytes are not tokens of 2 bytes each"
             raise ValueError(f"{data_dir / file['name']}: {wrong}")
         splits[split] = {"tokens": file["bytes"] // 2, "bytes": None, "sha256": file["sha256"]}
@@ -350,21 +318,17 @@ def prepare_file(path, tokenizer: str, data_dir) -> Meta:
     return prepare(options)
 
 
-# ---------------------------------------------------------------- the command line
-
-
 def show_summary(meta, data_dir):
-    train, val = meta["splits"]["train"], meta["splits"]["val"]
-    vocabulary = f"{meta['vocab_size']:>14,} ({meta['tokenizer']['kind']})"
-    if train["bytes"] is not None:  # adopted tokens' text is not known
-        a_token = (train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"])
-        vocabulary += f", {a_token:.2f} bytes a token"
-    first, *others = meta["sources"]
+    splits, (first, *others) = meta["splits"].values(), meta["sources"]
     more = f" and {len(others)} more" if others else ""
     source = f"{first['name']} ({first['bytes']:,} bytes){more}"
     log_row("done", f"{data_dir}, of {source}", "green", stdout)
-    log_row("train", f"{train['tokens']:>14,} tokens", console=stdout)
-    log_row("val", f"{val['tokens']:>14,} tokens", console=stdout)
+    for name, split in meta["splits"].items():
+        log_row(name, f"{split['tokens']:>14,} tokens", console=stdout)
+    vocabulary = f"{meta['vocab_size']:>14,} ({meta['tokenizer']['kind']})"
+    if meta["splits"]["train"]["bytes"] is not None:  # adopted tokens' text is not known
+        a_token = sum(split["bytes"] for split in splits) / sum(split["tokens"] for split in splits)
+        vocabulary += f", {a_token:.2f} bytes a token"
     log_row("vocabulary", vocabulary, console=stdout)
     flags = [] if Path(data_dir) == Path("data/shakespeare") else ["--data_dir", data_dir]
     log_next(command_for("train.py", *flags), console=stdout)

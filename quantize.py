@@ -22,13 +22,9 @@ def replace_linears(model, make):
                 setattr(module, name, make(layer))
 
 
-# ---------------------------------------------------------------- int8
-
-
 def to_int8(model):
-    """The float32 model with int8 weights in its linear layers and token embedding, a scale for
-    each row of a weight (an output channel, a token). It can only predict; biases, norms, positions
-    and what flows between layers stay float32. ValueError unless it is on a CPU.
+    """The float32 model with int8 weights in its linear layers and token embedding, a scale a row;
+    the rest stays float32. It can only predict. ValueError unless it is on a CPU.
     """
     device = next(model.parameters()).device
     if device.type != "cpu":
@@ -42,11 +38,11 @@ def to_int8(model):
 
 def quantize_rows(weight):
     """weight (rows, columns) as a quantized int8 tensor, each row with a scale of its own."""
-    scale = torch.stack(torch.aminmax(weight.detach(), dim=1)).abs().amax(dim=0) / 127  # (rows,)
+    least_and_most = torch.stack(torch.aminmax(weight.detach(), dim=1))  # (2, rows)
+    scale = (least_and_most.abs().amax(dim=0) / 127).clamp(min=1e-12)
     zeros = torch.zeros(len(scale), dtype=torch.int64)
     with warnings.catch_warnings():  # torch will drop this type of tensor, not the kernel
         warnings.simplefilter("ignore")
-        scale = scale.clamp(min=1e-12)
         return torch.quantize_per_channel(weight.detach(), scale, zeros, 0, torch.qint8)
 
 
@@ -71,13 +67,8 @@ class Int8Embedding(nn.Module):
         return F.embedding(idx, self.weight) * self.scale[idx][..., None]  # (B, T, C)
 
 
-# ---------------------------------------------------------------- bf16
-
-
 class PackedLinear(nn.Module):
-    """A linear layer for bf16 inference, its weights prepacked for oneDNN: about twice as fast at 8
-    rows.
-    """
+    """A linear layer for bf16 inference, prepacked for oneDNN: at 8 rows about twice as fast."""
 
     def __init__(self, linear, rows):
         super().__init__()
@@ -89,24 +80,17 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model, rows=1):
-    """Pack the linear layers of a bf16 model on a CPU for this many rows; from then on it can only
-    predict. For one row, PyTorch's own kernel is faster.
-    """
+    """Pack the linear layers of a bf16 model on a CPU for several rows; then it only predicts."""
     weight = next(model.parameters())
     if rows == 1 or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return
+        return  # for one row, PyTorch's own kernel is faster
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         replace_linears(model, lambda layer: PackedLinear(layer, rows))
 
 
-# ---------------------------------------------------------------- threads
-
-TRIAL_EVERY = 64  # steps
-
-
 def with_best_threads(model, decode):
     """decode (idx to logits) with all threads or half of them, whichever was faster in the first
-    steps of every TRIAL_EVERY: beside a busy program threads mostly wait for each other. Only in
+    4 of every 64 steps: beside a busy program threads mostly wait for each other. Only in
     bf16 and int8, whose kernels give the same numbers for any number of threads.
     """
     wte, most = model.transformer.wte, torch.get_num_threads()
@@ -115,18 +99,17 @@ def with_best_threads(model, decode):
     counts, seconds, steps = (most, max(1, most // 2)), {}, itertools.count()
 
     def timed(idx):
-        step = next(steps) % TRIAL_EVERY
-        trial = step // 2 if step < 4 else None  # the first step after a change is slower
-        count = min(seconds, key=seconds.get) if trial is None else counts[trial]
+        step = next(steps) % 64
+        is_trial = step < 4  # two each: the first step after a change is slower
+        count = counts[step // 2] if is_trial else min(seconds, key=seconds.get)
+        if count != most:  # setting it empties oneDNN's cache
+            torch.set_num_threads(count)
+        start = time.perf_counter()
         try:
-            if count != most:  # setting it empties oneDNN's cache
-                torch.set_num_threads(count)
-            start = time.perf_counter()
-            logits = decode(idx)
-            if trial is not None:
-                seconds[count] = time.perf_counter() - start
-            return logits
+            return decode(idx)
         finally:
+            if is_trial:
+                seconds[count] = time.perf_counter() - start
             if count != most:
                 torch.set_num_threads(most)
 

@@ -35,23 +35,19 @@ class Sampling:
     seed: integer(0) = 1337  # the same seed gives the same text
 
 
-# ---------------------------------------------------------------- choosing a token
-
-
 def sample(logits, uniform, sampling):
     """Token ids (B,) from logits (B, V) and a number in [0, 1) for each row (B,)."""
-    if sampling.temperature < 1e-6:  # treat tiny temperatures as greedy
-        return logits.argmax(dim=-1)
     p, ids = logits_to_probs(logits, sampling)  # (B, K) each
     return ids.gather(1, inverse_cdf(p, uniform)[:, None])[:, 0]  # (B,)
 
 
 def logits_to_probs(logits, sampling):
     """Probabilities, descending, and the ids of their tokens: (B, K) each, from logits (B, V).
-
-    top_p keeps the smallest set of most likely tokens whose probability reaches it (nucleus
-    sampling, Holtzman et al. 2020); the others get 0, and the rest is not renormalized.
+    top_p (Holtzman et al. 2020) keeps the fewest that add up to it, the others get 0.
     """
+    if sampling.temperature < 1e-6:  # the likeliest alone
+        ids = logits.argmax(dim=-1, keepdim=True)
+        return torch.ones(ids.shape, device=ids.device), ids
     if sampling.top_k is None or sampling.top_k >= logits.shape[-1]:
         logits, ids = logits.sort(dim=-1, descending=True, stable=True)
     else:
@@ -66,8 +62,8 @@ def logits_to_probs(logits, sampling):
 
 
 def inverse_cdf(p, uniform):
-    """Index (B,) where the cumulative sum of p (B, K) exceeds uniform (B,) * total. One uniform per
-    row over sorted probabilities: apart from ties, CPU and GPU pick the same token.
+    """Index (B,) where the cumulative sum of p (B, K) exceeds uniform (B,) * total; as p is sorted,
+    CPU and GPU pick the same token apart from ties.
     """
     passed = p.cumsum(dim=-1)  # (B, K)
     target = uniform[:, None].to(p.dtype) * passed[:, -1:]  # (B, 1)
@@ -75,11 +71,7 @@ def inverse_cdf(p, uniform):
 
 
 def uniform_numbers(seed, samples, device):
-    """Endlessly, a number in [0, 1) for each row: (B,).
-
-    They depend on the seed and the sample's number, not on the row in the batch, so that a prompt
-    gives the same text in any batch, on any device.
-    """
+    """Endlessly, a number in [0, 1) for each row (B,): whatever the batch or device, the same."""
     generators = [torch.Generator().manual_seed(derived_seed(seed, n)) for n in samples]
     while True:
         block = torch.stack([torch.rand(256, generator=g) for g in generators], dim=1)  # (256, B)
@@ -93,9 +85,8 @@ def uniform_numbers(seed, samples, device):
 def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=True):
     """Yield, token by token, each row's new id; None once the row has produced eot_id.
 
-    prompts: B lists of ids, none empty, of any lengths; samples: each row's sample number.
-    Ends after max_new_tokens, or when every row has ended. With or without the cache the text is
-    the same, even beyond block_size (context_start says what the model then sees).
+    prompts: B lists of ids, none empty; samples: each row's sample number. Ends when every row has,
+    at most max_new_tokens later. The cache changes no text, not even past block_size.
     """
     tokens = [list(prompt) for prompt in prompts]
     limit, device = context_limit(model.config), next(model.parameters()).device
@@ -117,17 +108,15 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
             if fresh:
                 refill(model, windows, cache, fresh)
             decode = decode or make_decoder(model, new[:, None], cache)
-            with one_row_kernels(len(tokens)):
-                logits = decode(new[:, None])[:, -1]  # (B, V)
+            logits = decode(new[:, None])[:, -1]  # (B, V)
         if step == 0 and not logits.isfinite().all():
             name = dtype_name(logits.dtype)
             warn(f"the model's logits are not finite in {name}; try --dtype bfloat16 or float32")
         new = sample(logits, next(uniform), sampling)  # (B,)
-        ids = new.tolist()
-        for row, token in enumerate(ids):
+        for row, token in enumerate(new.tolist()):
             tokens[row].append(token)
             ended[row] = ended[row] or token == eot_id
-        yield [None if over else token for token, over in zip(ids, ended, strict=True)]
+        yield [None if over else row[-1] for row, over in zip(tokens, ended, strict=True)]
         if all(ended):
             return
 
@@ -144,25 +133,22 @@ def new_cache(model, rows, capacity):
 
 def prefill(model, windows, cache=None):
     """Logits (B, V) for the token after each of B windows, lists of ids; fills the cache with them.
-
     Shorter windows are padded on the right, where causal attention never reaches.
     """
     device, lengths = next(model.parameters()).device, [len(window) for window in windows]
     padded = [window + [0] * (max(lengths) - len(window)) for window in windows]
-    idx, ends = torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
     if cache is not None:
         cache.set_lengths([0] * len(windows))
-    logits, _ = model(idx, cache=cache, last=ends - 1)  # (B, 1, V)
+    idx, last = torch.tensor(padded, device=device), torch.tensor(lengths, device=device) - 1
+    logits, _ = model(idx, cache=cache, last=last)  # (B, 1, V)
     if cache is not None:
         cache.set_lengths(lengths)
     return logits[:, 0]
 
 
 def refill(model, windows, cache, rows):
-    """Prefill these rows again. The newest token is left to the next decode step, which adds it for
-    every row. Windows have one length: context_start always restarts at half.
-    """
-    length = len(windows[0])
+    """Prefill these rows again, but for the newest token, which the decode step adds."""
+    length = len(windows[0])  # that of all: context_start always restarts at half
     part = new_cache(model, len(rows), length)
     prefill(model, windows, part)
     cache.kv[:, :, rows, :, :length] = part.kv
@@ -170,24 +156,16 @@ def refill(model, windows, cache, rows):
     cache.common_length = None
 
 
-@contextlib.contextmanager
-def one_row_kernels(rows: int):
-    """Disable oneDNN for one row: in bf16 it would repack the weights on every call."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and rows > 1
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
-
-
 def make_decoder(model, new, cache):
-    """A function from the newest tokens (B, 1) to logits (B, 1, V). On a GPU it replays a CUDA
-    graph, avoiding the launch overhead of each kernel.
-    """
+    """A function from the newest tokens (B, 1) to logits (B, 1, V); on a GPU a CUDA graph."""
+    mkldnn = torch.backends.mkldnn  # oneDNN; in bf16 it would repack the weights for a single row
 
     def decode(idx):
-        return model(idx, cache=cache)[0]
+        before, mkldnn.enabled = mkldnn.enabled, mkldnn.enabled and len(idx) > 1
+        try:
+            return model(idx, cache=cache)[0]
+        finally:
+            mkldnn.enabled = before
 
     if not use_graph(new.device):
         return with_best_threads(model, decode)
@@ -211,8 +189,7 @@ class TextStream:
 
     def __init__(self, tokenizer, stop=None):
         self.decoder, self.stop = StreamDecoder(tokenizer), stop or ""
-        self.held = ""  # trailing text that could start the stop text
-        self.done = False
+        self.held, self.done = "", False  # held: trailing text that could start the stop text
 
     def push(self, token: int | None) -> str:
         """The text that one more token makes certain; None ends the row and returns the rest."""
@@ -229,10 +206,7 @@ class TextStream:
 
 
 def stream_text(model, tokenizer, prompts, sampling, samples=None, times=None):
-    """Yield the prompts, then, token by token, the new text of each.
-
-    times: a list to which the moment of every new token is added.
-    """
+    """Yield the prompts, then, token by token, the new text of each; times gets its moment."""
     times = [] if times is None else times
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     limit = context_limit(model.config)
@@ -251,17 +225,19 @@ def stream_text(model, tokenizer, prompts, sampling, samples=None, times=None):
 
 def prompt_ids(tokenizer, prompt) -> list[int]:
     """The ids; for an empty prompt an end-of-text token (or newline) that is not printed."""
-    ids = tokenizer.encode(prompt)
-    if not ids and tokenizer.eot_id is not None:
-        ids = [tokenizer.eot_id]
-    if not ids:
-        with contextlib.suppress(ValueError):  # a vocabulary of characters may lack the newline
-            ids = tokenizer.encode("\n")
-    return ids or [0]
+    if prompt:
+        return tokenizer.encode(prompt)
+    if tokenizer.eot_id is not None:
+        return [tokenizer.eot_id]
+    with contextlib.suppress(ValueError):  # a vocabulary of characters may lack the newline
+        return tokenizer.encode("\n")
+    return [0]
 
 
-def check_prompts(tokenizer, prompts):
-    """ValueError with a line for each prompt that cannot be encoded, before any work is done."""
+def generate_texts(model, tokenizer, prompts, sampling, batch_size=16, times=None):
+    """Yield each prompt with its continuation, num_samples times, in the order of the prompts.
+    ValueError with a line for each prompt that cannot be encoded, before any work is done.
+    """
     found = []
     for place, prompt in enumerate(prompts, 1):
         try:
@@ -270,11 +246,6 @@ def check_prompts(tokenizer, prompts):
             found.append(f"prompt {place}: {error}")
     if found:
         raise ValueError("\n".join(found))
-
-
-def generate_texts(model, tokenizer, prompts, sampling, batch_size=16, times=None):
-    """Yield each prompt with its continuation, num_samples times, in the order of the prompts."""
-    check_prompts(tokenizer, prompts)
     work = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
     for start in range(0, len(work), batch_size):
         some, samples = zip(*work[start : start + batch_size], strict=True)
@@ -283,10 +254,7 @@ def generate_texts(model, tokenizer, prompts, sampling, batch_size=16, times=Non
 
 
 def sample_text(model, tokenizer, prompt, max_new_tokens=200, **settings) -> str:
-    """The prompt and its continuation; leaves the model's mode and all random states alone.
-
-    settings: fields of Sampling.
-    """
+    """The prompt and its continuation (settings: of Sampling); no mode or random state changes."""
     sampling = Sampling(max_new_tokens=max_new_tokens, **settings)
     validate(sampling)
     was_training = model.training

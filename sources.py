@@ -1,8 +1,7 @@
 """Where documents come from: text files, parquet files, the Hugging Face hub, tiny Shakespeare.
 
-A source is read in parts, each a stream of (split, text), with END where a document ends, cut
-into pieces to encode. The end of a text is its validation split; of parquet files a hash of each
-document decides. A new data set of the hub is a row of HUB_DATASETS.
+A source is read in parts, each a stream of (split, text) with END after each document. The end of
+a text is for validation; of parquet files a hash of each document decides.
 """
 
 import codecs
@@ -11,19 +10,18 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
 import zlib
 from collections import deque
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from files import MOST_JSON, download, hub, in_thread, open_file, optional, unix_lines
+from files import MOST_JSON, download, hub, in_thread, open_file, optional, own_folder, unix_lines
 from logger import command_for, progress, warn
 
-SHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
+CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
+SHAKESPEARE = f"{CHAR_RNN}/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 BUNDLED = Path(__file__).parent / "data" / "sonnets.txt"
 
@@ -40,25 +38,21 @@ HUB_DATASETS = {  # repository; folder of parquet files with a column "text", by
 TEXT = re.compile(r"\.(txt|md|jsonl)(\.gz)?$", re.IGNORECASE)
 PARQUET = re.compile(r"\.parquet$", re.IGNORECASE)
 ROWS = 64  # of a parquet file, read at once
-# what text that is not UTF-8 is likely to be in; among all that Python knows, those for a few
-# similar bytes each would be taken for one another
+# what text that is not UTF-8 is likely to be in; Python knows too many that resemble each other
 ENCODINGS = "gb18030 big5 cp932 euc_jp cp949 cp1252 cp1251 koi8_r utf_16 utf_16_le utf_16_be utf_32"
 CHUNK = 1 << 18  # characters read at once, and about those encoded at once
-LONGEST = 1 << 19  # characters; a word that is longer is cut, and its tokens with it
+LONGEST = 1 << 19  # characters without white space; more are cut, and a token with them
 DOCUMENT = MOST_JSON  # characters of a .jsonl's line or bytes of a row, held as a whole
 
 END = None  # in a stream of text: here a document ends
 
 
 def find_files(inputs) -> list[tuple[str, Path]]:
-    """Names and paths of the files that inputs (files and folders) stand for, in order: all of
-    text, or all parquet.
-    """
+    """Names and paths of the files that inputs, files and folders, stand for."""
     files = []
     for path in map(Path, inputs):
-        found = [(path.name, path)]
-        if path.is_dir():
-            found = sorted((file.relative_to(path).as_posix(), file) for file in files_below(path))
+        top = path if path.is_dir() else path.parent
+        found = sorted((file.relative_to(top).as_posix(), file) for file in files_below(path))
         known = [(name, file) for name, file in found if TEXT.search(name) or PARQUET.search(name)]
         if not known:
             forms = ".txt, .md, .jsonl (or .gz of one) or .parquet"
@@ -68,22 +62,20 @@ def find_files(inputs) -> list[tuple[str, Path]]:
     if 0 < len(of_parquet) < len(files):
         raise ValueError("--input: text and parquet in one data set; name the ones or the others")
     for path in of_parquet:
-        with open_file(path), readable_parquet(path):  # noticed before any work is done
-            pass
+        next(rows(path), None)  # a bad one is noticed before any work is done
     return files
 
 
-def files_below(folder):
-    """All files in a folder and its folders, but hidden ones and what links to folders lead to."""
-
-    def refuse(error):
-        raise error
-
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root, name) for name in names if not name.startswith("."))
-        for link in filter(Path.is_symlink, [Path(root, name) for name in folders]):
-            warn(f"--input {link}: a link to a folder, which is not followed")
+def files_below(path):
+    """A file, or all in a folder and its folders, but hidden ones and those behind links."""
+    if not path.is_dir():
+        yield path
+        return
+    for inside in path.iterdir():
+        if inside.is_symlink() and inside.is_dir():
+            warn(f"--input {inside}: a link to a folder, which is not followed")
+        elif not inside.name.startswith("."):
+            yield from files_below(inside)
 
 
 def shakespeare(data_dir) -> tuple[str, Path]:
@@ -114,29 +106,23 @@ class Documents:
         self.files, self.fetch, self.val_fraction = files, fetch, options.val_fraction
         self.encoding, self.errors = options.encoding or "utf-8", options.errors
         self.done, self.total = 0, sum(file["bytes"] for file in files)  # read so far, and in all
-        self.replaced = 0  # U+FFFD in what has been read
-
-
-# ---------------------------------------------------------------- text
 
 
 class TextFiles(Documents):
-    """Text files as one text, in a single part, whose last val_fraction is for validation. A .txt
-    or .md is a document, and so is the field "text" of each line of a .jsonl.
-    """
+    """Text files as one text, in a single part, whose last val_fraction is for validation."""
 
     unit = "char"
     as_encoded = staticmethod(unix_lines)
 
     def survey(self, characters: dict | None = None):
-        """Count the characters, and note where each occurs; ValueError for a blank text."""
+        """Count the characters, and note where each is first; ValueError for a blank text."""
         blank, self.total, starts = True, 0, {}
         with progress("reading", None, self.unit) as advance:
             for path, chunk in self.texts():
                 text = (chunk or "").replace("\r", "\n")  # as unix_lines, and of the same length
-                at = self.total - starts.setdefault(path, self.total)
+                at = self.total - starts.setdefault(path, self.total)  # in the file
                 if characters is not None:
-                    new = sorted(set(text) - characters.keys(), key=text.index)
+                    new = set(text) - characters.keys()
                     characters |= {c: f"{path}, position {at + text.index(c)}" for c in new}
                 advance(len(text))
                 self.total += len(text)
@@ -159,7 +145,6 @@ class TextFiles(Documents):
             if left and chunk[left - 1 : left + 1] == "\r\n":  # one line end
                 n_train, left = n_train + 1, left + 1
             self.done += len(chunk)
-            self.replaced += chunk.count("\ufffd")
             shares = ("train", chunk[:left]), ("val", chunk[left:])
             yield from (share for share in shares if share[1])
         if self.done != self.total:
@@ -169,14 +154,11 @@ class TextFiles(Documents):
         """Pairs of a file's path and text of at most CHUNK characters, or END after a document."""
         for path in map(self.fetch, range(len(self.files))):
             with self._open(path) as file:
+                raw = iter(partial(file.read, CHUNK), b"")
+                chunks = chain(codecs.iterdecode(raw, self.encoding, self.errors), [END])
                 if TEXT.search(path.name)[1].lower() == "jsonl":
-                    for text in self._documents(path, file):
-                        yield from ((path, chunk) for chunk in in_chunks(text))
-                else:
-                    raw = iter(partial(file.read, CHUNK), b"")
-                    for chunk in codecs.iterdecode(raw, self.encoding, self.errors):
-                        yield path, chunk
-                    yield path, END
+                    chunks = self._documents(path, file)
+                yield from ((path, chunk) for chunk in chunks)
 
     @contextlib.contextmanager
     def _open(self, path):
@@ -212,7 +194,7 @@ class TextFiles(Documents):
                 continue
             try:  # half a surrogate pair is no text either
                 document = json.loads(line)["text"].encode("utf-16", "surrogatepass")
-                yield document.decode("utf-16", self.errors)
+                yield from in_chunks(document.decode("utf-16", self.errors))
             except Exception as error:  # JSON may be anything
                 raise ValueError(f'{where}: not {{"text": "..."}} ({error})') from None
 
@@ -221,8 +203,7 @@ def wrong_byte(error: UnicodeDecodeError, end, encoding, path=None) -> str:
     """What is wrong with bytes that end at the offset `end`, and what to type instead."""
     raw, text = error.object, error.object.decode("utf-8", "replace")
     lost, foreign = text.count("\ufffd") + text.count("\0"), sum(map("\x7f".__lt__, text))
-    replace = "`prepare_data.py --errors replace` puts a U+FFFD there and goes on"
-    remedy = replace if lost <= len(text) // 10 else "convert it to UTF-8"
+    remedy = "convert it to UTF-8, or `prepare_data.py --errors replace` puts a U+FFFD there"
     if path and lost > foreign // 2:
         import charset_normalizer
 
@@ -233,9 +214,6 @@ def wrong_byte(error: UnicodeDecodeError, end, encoding, path=None) -> str:
             remedy = f"it looks like {found.encoding}, which `{command}` reads"
     at = f"byte 0x{raw[error.start]:02X} at offset {end - len(raw) + error.start}"
     return f"{at} is not {encoding.upper()}; {remedy}"
-
-
-# ---------------------------------------------------------------- parquet and the hub
 
 
 class ParquetFiles(Documents):
@@ -258,77 +236,68 @@ class ParquetFiles(Documents):
 
     def _shares(self, number, path):
         before, size = self.done, self.files[number]["bytes"]
-        with readable_parquet(path) as file:
-            for row, raw in enumerate(rows(path, file)):
-                self.done = before + size * row // file.metadata.num_rows
-                if raw:
-                    split, text = self._split(raw), self._text(raw, f"{path}, row {row}")
-                    self.replaced += text.count("\ufffd")
-                    yield from ((split, chunk) for chunk in in_chunks(text))
+        for row, (raw, count) in enumerate(rows(path)):
+            self.done = before + size * row // count
+            if not raw:
+                continue
+            # decided by its hash, wherever the document stands and whoever asks
+            digest = hashlib.blake2b(raw, digest_size=8).digest()
+            is_val = int.from_bytes(digest, "big") < self.val_fraction * 2**64
+            try:
+                text = raw.decode("utf-8", self.errors)
+            except UnicodeDecodeError as error:
+                wrong = wrong_byte(error, len(raw), "utf-8")
+                raise ValueError(f"{path}, row {row}: {wrong}") from None
+            yield from (("val" if is_val else "train", chunk) for chunk in in_chunks(text))
         self.done = before + size
 
-    def _split(self, raw):  # decided by its hash, wherever the document stands and whoever asks
-        digest = hashlib.blake2b(raw, digest_size=8).digest()
-        return "val" if int.from_bytes(digest, "big") < self.val_fraction * 2**64 else "train"
 
-    def _text(self, raw, where):
-        try:
-            return raw.decode("utf-8", self.errors)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: {wrong_byte(error, len(raw), 'utf-8')}") from None
-
-
-@contextlib.contextmanager
-def readable_parquet(path):
-    """An open parquet file with a column "text" of strings; ValueError if it is anything else."""
+def rows(path):
+    """For each row of a parquet file its text as bytes, or None, and how many rows there are."""
     pyarrow, parquet = map(optional, ("pyarrow", "pyarrow.parquet"))
+    open_file(path).close()
     try:  # without these two a row group would be held as a whole
         with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             types = {column.name: str(column.type) for column in file.schema_arrow}
             if types.get("text") not in ("string", "large_string", "string_view"):
                 raise ValueError(f"{path}: no column 'text' of strings; it has {str(types)[:200]}")
-            yield file
+            groups = map(file.metadata.row_group, range(file.num_row_groups))
+            sizes = [group.total_byte_size // max(1, group.num_rows) for group in groups]
+            longest = max([1, *sizes])
+            if longest > DOCUMENT:
+                raise ValueError(f"{path}: rows of {longest:,} bytes, at most {DOCUMENT:,}")
+            for batch in file.iter_batches(min(ROWS, DOCUMENT // longest), columns=["text"]):
+                texts = batch.column(0).cast("large_binary").to_pylist()
+                yield from ((text, file.metadata.num_rows) for text in texts)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         why = str(error).split("\n")[0]
         raise ValueError(f"{path}: not a whole parquet file ({why}); get it once more") from error
 
 
-def rows(path, file):
-    """The bytes of UTF-8 in each row of an open parquet file, None where there are none."""
-    groups = map(file.metadata.row_group, range(file.num_row_groups))
-    longest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
-    if longest > DOCUMENT:
-        raise ValueError(f"{path}: rows of {longest:,} bytes, at most {DOCUMENT:,} are read")
-    for batch in file.iter_batches(min(ROWS, DOCUMENT // max(1, longest)), columns=["text"]):
-        yield from batch.column(0).cast("large_binary").to_pylist()
+def from_hub(options, known, folder):
+    """Revision and files, the newest unless known, and what downloads the file of a number."""
+    repository, folder_of, _ = HUB_DATASETS[options.dataset]
+    (revision, files), folder = known or (None, []), own_folder(folder)
 
+    def fetch(number) -> Path:
+        with hub(repository, "the same command") as library:
+            library.utils.disable_progress_bars()  # ours is one for all files
+            at = {"repo_type": "dataset", "revision": revision, "local_dir": folder}
+            return Path(library.hf_hub_download(repository, files[number]["name"], **at))
 
-def list_hub_files(dataset, name) -> tuple[str, list[dict]]:
-    """The newest revision, and its parquet files as meta.json describes them."""
-    repository, folder_of, _ = HUB_DATASETS[dataset]
-    with hub(repository, "the same command") as library:
-        api, folder = library.HfApi(), folder_of(name)
-        revision = api.dataset_info(repository, timeout=120).sha
-        at = {"repo_type": "dataset", "revision": revision, "recursive": True}
-        files = [
-            {"name": file.path, "bytes": file.size, "sha256": file.lfs and file.lfs.sha256}
-            for file in api.list_repo_tree(repository, folder, **at)
-            if PARQUET.search(file.path)
-        ]
-    if not files:
-        raise ValueError(f"{repository}: no .parquet file in {folder}, see its page")
-    return revision, sorted(files, key=lambda file: file["name"])
-
-
-def download_from_hub(dataset, files, at, number) -> Path:
-    """Where the file of this number is; it is downloaded unless it is there already."""
-    repository, name = HUB_DATASETS[dataset][0], files[number]["name"]
-    with hub(repository, "the same command") as library:
-        library.utils.disable_progress_bars()  # ours is one for all files
-        return Path(library.hf_hub_download(repository, name, repo_type="dataset", **at))
-
-
-# ---------------------------------------------------------------- pieces
+    if not known:
+        with hub(repository, "the same command") as library:
+            api, within = library.HfApi(), folder_of(options.name)
+            revision = api.dataset_info(repository, timeout=120).sha
+            at = {"repo_type": "dataset", "revision": revision, "recursive": True}
+            found = api.list_repo_tree(repository, within, **at)
+            for file in sorted(found, key=lambda file: file.path):
+                if PARQUET.search(file.path):
+                    digest = file.lfs and file.lfs.sha256
+                    files.append({"name": file.path, "bytes": file.size, "sha256": digest})
+        if not files:
+            raise ValueError(f"{repository}: no .parquet file in {within}, see its page")
+    return revision, files, fetch
 
 
 def in_chunks(text):
@@ -338,27 +307,24 @@ def in_chunks(text):
 
 
 def pieces(stream, safe_cut):
-    """Lists of (split, text or END), of about CHUNK characters each, cut where it changes no token.
-    If LONGEST characters have no such place (no space, no punctuation), after the last one.
-    """
-    piece, size, held, held_for = [], 0, "", "train"
+    """Lists of (split, text or END) of about CHUNK characters, cut where it changes no token."""
+    piece, size = [], 0
     for split, text in stream:
-        if held and (text is END or split != held_for):
-            piece.append((held_for, held))
-            held = ""
-        if text is END:
-            piece.append((split, END))
-        else:
-            held, held_for = held + text, split
-        if len(held) >= CHUNK:
-            end = safe_cut(held) or (len(held) if len(held) >= LONGEST else 0)
-            piece.append((split, held[:end]))
-            held = held[end:]
         size += len(text or "") + 1  # empty documents are bounded too
-        if size >= CHUNK:
-            yield piece
-            piece, size = [], 0
-    yield [*piece, (held_for, held)]
+        if text and piece and piece[-1][0] == split and piece[-1][1]:
+            text = piece.pop()[1] + text
+        piece.append((split, text))
+        if size < CHUNK:
+            continue
+        rest = ""
+        if text is not END:
+            end = safe_cut(text) or (len(text) if len(text) >= LONGEST else 0)
+            if not end:
+                continue
+            piece[-1], rest = (split, text[:end]), text[end:]
+        yield piece
+        piece, size = [(split, rest)] if rest else [], len(rest)
+    yield piece
 
 
 def in_order(start, items, ahead):

@@ -1,5 +1,6 @@
 """The state of a training run: built in one place, saved, and resumed."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,12 +9,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from config import MODEL_FIELDS, STEP_FIELDS, GPT2Config, differences, to_dict
-from logger import log_row, rank, warn, world_size
+from logger import log_row, rank, world_size
 from model import GPT2
 from optim import make_optimizer
 from parallel import broadcast_from_rank0, compile_model, full_state, load_full_state, shard
-from tokenizer import load_tokenizer
-from utils import autocast, set_up_device, to_device
+from utils import autocast, set_up_device
 
 MOST_SKIPPED = 20  # steps in a row that float16 may skip while its loss scale settles
 
@@ -42,7 +42,7 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=not isinstance(self.forward, DistributedDataParallel))
 
 
-def build_state(config: GPT2Config, device, sampler, saved=None, initial=None) -> TrainState:
+def build_state(config: GPT2Config, device, saved=None, initial=None) -> TrainState:
     """Model and optimizer on the device, sharded, compiled and replicated as config says; with the
     state of a checkpoint (saved), or with the weights of a trained model (initial).
     """
@@ -54,29 +54,27 @@ def build_state(config: GPT2Config, device, sampler, saved=None, initial=None) -
         weights, table = dict(initial["model"]), "transformer.wpe.weight"
         if table in weights:  # a shorter block_size needs the first rows alone
             weights[table] = weights[table][: config.block_size]
-        checkpoint.load_weights(model, weights)
+        model.load_state_dict(weights)
     if sharded:
         shard(model, device, config.dtype)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    found_inf = FoundInf(device, MOST_SKIPPED if scaler.is_enabled() else 0, config.checkpoint_dir)
+    found_inf = FoundInf(device, MOST_SKIPPED if scaler.is_enabled() else 0)
     state = TrainState(model, model, optimizer, scaler, found_inf)
     if saved is not None:
         load_full_state(model, optimizer, saved["model"], saved["optimizer"])
         scaler.load_state_dict(scaler.state_dict() | saved["scaler"])
-        if saved["rng"]:
-            torch.set_rng_state(saved["rng"]["torch"])
-        state.step, state.best_val_loss = saved["step"], saved["best_val_loss"]
-        state.run = saved["run"]
+        state.step, state.run = saved["step"], saved["run"]
+        state.best_val_loss = saved["best_val_loss"]
     if config.compile:
         state.forward = compile_model(model)
     if replicated:
         state.forward = DistributedDataParallel(state.forward, gradient_as_bucket_view=True)
         # DDP rebuilds its buckets after the first backward, which changes summation order: do one
-        # dummy backward here, so that a resumed run sums in the same order
-        x, y = (to_device(ids, device) for ids in sampler.batch(state.step))
+        # here, so that a resumed run sums in the same order
+        ids = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=device)
         with autocast(device, config.dtype):
-            loss = state.forward(x, y)[1]
+            loss = state.forward(ids, ids)[1]
         loss.backward()
         state.zero_grad()
     return state
@@ -87,8 +85,8 @@ class FoundInf:
     of them in a row. Counts on the device: the host waits for it only to read.
     """
 
-    def __init__(self, device, may_skip: int, checkpoint_dir: str):
-        self.may_skip, self.checkpoint_dir = may_skip, checkpoint_dir
+    def __init__(self, device, may_skip: int):
+        self.may_skip = may_skip
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps in a row
 
     def check(self, loss, grad_norm, optimizer) -> bool:
@@ -103,14 +101,9 @@ class FoundInf:
     def read(self, step: int):
         """NonFiniteError if more than may_skip of the steps before number `step` were skipped."""
         if (over := int(self.skipped) - self.may_skip) > 0:
-            raise NonFiniteError(
-                f"loss or gradient is not finite in step {step - over + 1}; weights were left as "
-                f"they were, the last checkpoint is in {self.checkpoint_dir}; try a smaller "
-                "--learning_rate, a longer --warmup_iters or --dtype float32"
-            )
-
-
-# ---------------------------------------------------------------- saved
+            where = f"step {step - over + 1}, which was not taken; the last checkpoint stays"
+            remedy = "try a smaller --learning_rate, a longer --warmup_iters or --dtype float32"
+            raise NonFiniteError(f"loss or gradient is not finite in {where}; {remedy}")
 
 
 def save_state(state: TrainState, config: GPT2Config, dataset, names):
@@ -119,84 +112,58 @@ def save_state(state: TrainState, config: GPT2Config, dataset, names):
     weights, optimizer_state = full_state(state.model, state.optimizer)
     if rank() > 0:
         return
-    contents = {
-        "format": checkpoint.FORMAT,
-        "step": state.step,
-        "best_val_loss": state.best_val_loss,
-        "model": weights,
-        "optimizer": optimizer_state,
-        "scaler": state.scaler.state_dict(),
-        "rng": {"torch": torch.get_rng_state()},
-        "config": to_dict(config),
-        "tokenizer": dataset.tokenizer.to_dict(),
-        "data_hash": dataset.hash,
-        "run": state.run,
-    }
+    contents = {"format": checkpoint.FORMAT, "step": state.step}
+    contents |= {"best_val_loss": state.best_val_loss, "model": weights}
+    contents |= {"optimizer": optimizer_state, "scaler": state.scaler.state_dict()}
+    contents |= {"rng": {"torch": torch.get_rng_state()}, "config": to_dict(config)}
+    contents |= {"tokenizer": dataset.tokenizer.to_dict(), "data_hash": dataset.hash}
+    contents |= {"run": state.run}
     folder = Path(config.checkpoint_dir)
     for name in names:
-        previous = folder / checkpoint.PREVIOUS if name == checkpoint.LATEST else None
-        checkpoint.save(folder / name.format(state.step), contents, previous)
-    checkpoint.remove_old(folder, config.keep_checkpoints)
+        checkpoint.save(folder / name.format(state.step), contents)
+    numbered = list(folder.glob(checkpoint.NUMBERED.format("*")))
+    numbered.sort(key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
+    for path in numbered[: -config.keep_checkpoints or None]:
+        path.unlink(missing_ok=True)
 
 
 def find_checkpoint(config: GPT2Config, dataset, insist: bool, rename=True) -> dict | None:
-    """The newest intact checkpoint, or None. Rank 0 reads the file; other ranks get the same dict
-    without tensors. Raises CheckpointError, and ValueError, with a line for each difference, if it
-    is of a different run. rename: whether damaged ones become *.damaged.
+    """What checkpoint.latest finds, or None; on other ranks than 0 without the tensors. ValueError,
+    with a line for each difference, if it is of another run.
     """
-    found = []
+    saved = None
 
     def read():
-        found.append(_newest(config, dataset, insist, rename))
-        return found[0] and found[0] | {"model": {}, "optimizer": bool(found[0]["optimizer"])}
+        nonlocal saved
+        path, saved = checkpoint.latest(config.checkpoint_dir, rename) or (None, None)
+        if saved is None:
+            return None
+        unlike = differences(saved["config"], config, ("vocab_size", *MODEL_FIELDS, "optimizer"))
+        if saved["tokenizer"] != dataset.tokenizer.to_dict():
+            old, new = saved["tokenizer"].get("kind", "none"), dataset.tokenizer.kind
+            unlike.append(f"tokenizer: checkpoint {old}, config {new} (another vocabulary)")
+        if saved["data_hash"] != dataset.hash:
+            old, new = (saved["data_hash"] or "none")[:12], dataset.hash[:12]
+            unlike.append(f"data set: checkpoint {old}, config {new}")
+        if unlike:
+            remedy = f"{path} is of another run: --fresh sets it aside, --checkpoint_dir leaves it"
+            raise ValueError("\n".join([*unlike, remedy]))
+        log_row("resuming", f"{path} (the newest intact checkpoint), step {saved['step']:,}")
+        if changed := differences(saved["config"], config, STEP_FIELDS):
+            log_row("changed", "\n".join(changed), "yellow")
+        return saved | {"model": {}, "optimizer": bool(saved["optimizer"])}
 
     outline = broadcast_from_rank0(read)
-    return found[0] if found else outline
-
-
-def _newest(config, dataset, insist, rename):
-    """What find_checkpoint does on rank 0."""
-    found = checkpoint.latest(config.checkpoint_dir, rename)
-    if found is None:
-        if insist:
-            message = f"--resume: no checkpoint in {config.checkpoint_dir}; leave the flag out"
-            raise checkpoint.CheckpointError(message)
-        return None
-    path, saved, damaged = found
-    for line in damaged:
-        warn(f"passed over{' and kept as *.damaged' * rename}: {line}")
-    unlike = differences(saved["config"], config, ("vocab_size", *MODEL_FIELDS, "optimizer"))
-    if not has_tokenizer_of(dataset, saved):
-        kinds = saved["tokenizer"].get("kind", "none"), dataset.meta["tokenizer"]["kind"]
-        unlike.append("tokenizer: checkpoint {}, config {} (another vocabulary)".format(*kinds))
-    if saved["data_hash"] != dataset.hash:
-        old, new = (saved["data_hash"] or "none")[:12], dataset.hash[:12]
-        unlike.append(f"data set: checkpoint {old}, config {new}")
-    if unlike:
-        remedy = f"{path} is of another run: --fresh sets it aside, --checkpoint_dir leaves it"
-        raise ValueError("\n".join([*unlike, remedy]))
-    log_row("resuming", f"{path} (the newest intact checkpoint), step {saved['step']:,}")
-    if changed := differences(saved["config"], config, STEP_FIELDS):
-        log_row("changed", "\n".join(changed), "yellow")
-    return saved
-
-
-def has_tokenizer_of(dataset, saved: dict) -> bool:
-    """Whether a checkpoint has the data set's tokenizer."""
-    try:
-        return load_tokenizer(saved["tokenizer"]).hash() == dataset.meta["tokenizer"]["sha256"]
-    except ValueError:  # none, or a damaged one
-        return False
-
-
-# ---------------------------------------------------------------- a trained model to begin with
+    if insist and outline is None:
+        raise checkpoint.CheckpointError(f"--resume: no checkpoint in {config.checkpoint_dir}")
+    return saved or outline
 
 
 def load_initial(spec, config, chosen=()) -> tuple[GPT2Config, dict]:
     """config with the shape of a trained model, and its checkpoint's dict for train(initial=...).
 
-    spec: what checkpoint.load_state takes. chosen: fields that the user has set. ValueError if one
-    differs from the model's; block_size may be shorter.
+    spec: as checkpoint.load_state takes it. ValueError if a field that the user has chosen differs
+    from the model's; block_size may be shorter.
     """
     state, name = checkpoint.load_state(spec)
     model = checkpoint.model_config(state)
@@ -213,7 +180,7 @@ def load_initial(spec, config, chosen=()) -> tuple[GPT2Config, dict]:
 def check_vocabulary(initial, dataset):
     """ValueError unless initial's tokenizer, if it has one, and vocabulary are the data set's."""
     size, tokenizer = checkpoint.model_config(initial).vocab_size, initial["tokenizer"]
-    if size != dataset.vocab_size or (tokenizer and not has_tokenizer_of(dataset, initial)):
+    if size != dataset.vocab_size or tokenizer not in ({}, dataset.tokenizer.to_dict()):
         model = f"its model knows {size:,} tokens ({tokenizer.get('kind', 'unknown')})"
         other = f"{dataset.data_dir} has another vocabulary of {dataset.vocab_size:,}"
         raise ValueError(f"--init_from: {model}, {other}; --data FILE prepares a text with its own")

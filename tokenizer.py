@@ -5,8 +5,7 @@
     BPETokenizer.train(text, vocab_size=4096).save("tokenizer.json")
     text = load_tokenizer("tokenizer.json").decode(ids)
 
-A saved tokenizer is one self-contained JSON object. A new kind is a subclass of Tokenizer, listed
-in KINDS.
+A saved tokenizer is one JSON object. A new kind is a subclass of Tokenizer, listed in KINDS.
 """
 
 import codecs
@@ -21,7 +20,7 @@ from typing import Annotated, Literal, NotRequired
 
 import numpy as np
 import tiktoken
-from pydantic import Field, NonNegativeInt, with_config
+from pydantic import Field, NonNegativeInt
 from typing_extensions import TypedDict
 
 from files import atomic_write, check_json, in_thread, read_bytes
@@ -35,19 +34,13 @@ DOWNLOAD_SECONDS = 30  # for GPT-2's vocabulary, 1.5 MB; from tiktoken's cache i
 
 # GPT-2's rule for words (Radford 2019): contractions, letters, digits, other symbols, each with the
 # space before it, and white space. GPT-2's own last rules, \s+(?!\S)|\s, leave the last character
-# of a run of white space to the next word; cutting the text there (_cut_runs) takes half the time.
+# of a run of white space to the next word; cutting the text there first takes half the time.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+)|\s+"
 CUT = "\0"  # separates the parts of a text while it is encoded
 # whether \s matches a code point, the last entry for all above; isspace knows four separators more
 IS_SPACE = np.array([chr(c).isspace() and not 0x1C <= c <= 0x1F for c in range(0x3002)])
-
-# The last place that no word of WORDS reaches across, whatever comes later: before white space that
-# follows anything else, or between a letter and punctuation, where all versions of Unicode agree.
-LAST_CUT = re.compile(
-    r"(?s:.*)(?:(?<=\S)(?=[ \t\r\n\u3000])"
-    r"|(?<=[A-Za-z\xc0-\xd6\xd8-\xf6\xf8-\xff\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3])"
-    r"(?=[!-/:-@\[-`{-~\u3001\u3002\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\u201c\u201d\u2026]))"
-)
+# up to the last white space that follows anything else: no word of WORDS reaches across that place
+LAST_CUT = re.compile(r"(?s:.*\S)(?=[ \t\r\n\u3000])")
 
 # GPT-2 writes each byte as one printable character (a space is Ġ), and so do our tokens on disk.
 # The order is that of its first 256 ids: the printable bytes, then the others.
@@ -80,9 +73,7 @@ class Tokenizer:
         return b"".join([self._bytes[i] for i in ids])
 
     def safe_cut(self, text: str) -> int:
-        """The last place where text can be cut so that its parts, encoded one by one, give the
-        tokens of the whole; 0 if there is none. Here: at its end, but never within \\r\\n.
-        """
+        """The last place where a cut changes no token, 0 for none; here the end, or before \\r."""
         return len(text) - text.endswith("\r")
 
     def save(self, path):
@@ -98,13 +89,6 @@ class Tokenizer:
         return text.encode()
 
 
-Character = Annotated[str, Field(min_length=1, max_length=1)]
-
-
-class CharFields(TypedDict):
-    characters: Annotated[list[Character], Field(max_length=sys.maxunicode + 1)]
-
-
 class CharTokenizer(Tokenizer):
     """Every character of the vocabulary is a token; ids are in the order of the code points."""
 
@@ -114,7 +98,7 @@ class CharTokenizer(Tokenizer):
         self.characters = characters
         self.vocab_size, self._bytes = len(characters), [c.encode() for c in characters]
         codes = np.array([ord(character) for character in characters], dtype=np.int64)
-        # code point -> id, -1 if unknown; the last entry stands for all code points above
+        # code point -> id, -1 if unknown; the last entry is for all code points above
         self._id_of = np.full(codes.max(initial=-1) + 2, -1, dtype=np.int32)
         self._id_of[codes] = np.arange(len(codes))
 
@@ -138,27 +122,16 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, fields: dict) -> "CharTokenizer":
-        characters = check_json(fields, CharFields)["characters"]
-        if len(set(characters)) < len(characters):
+        if len(set(fields["characters"])) < len(fields["characters"]):
             raise ValueError("'characters' has one of them twice")
-        return cls(characters)
-
-
-Special = Annotated[str, Field(max_length=1000)]
-
-
-class BPEFields(TypedDict):
-    tokens: str
-    special: NotRequired[Annotated[dict[Special, NonNegativeInt], Field(max_length=MOST_SPECIAL)]]
-    eot: NotRequired[str | None]
+        return cls(fields["characters"])
 
 
 class BPETokenizer(Tokenizer):
     """Byte-level BPE: 256 bytes, then the merges in the order they were learned, then end of text.
 
-    `tokens` are spelt in SYMBOLS, in the order of their ids. <|endoftext|> in a text is plain text,
-    half a surrogate pair becomes U+FFFD. A vocabulary from elsewhere may have other special tokens,
-    at any ids: `special` is text -> id, `eot` the text that ends a document.
+    `tokens` are spelt in SYMBOLS; half a surrogate pair is encoded as U+FFFD. `special`: text -> id
+    of tokens that no text is encoded to, `eot` the one of them that ends a document.
     """
 
     kind = "bpe"
@@ -183,9 +156,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, text, vocab_size: int) -> "BPETokenizer":
-        """Learn merges from text (a string, or an iterable of strings); the same text, the same
-        merges. There may be fewer than asked: a pair that occurs once is not merged.
-        """
+        """Learn merges from text (a string, or strings); fewer than asked if no pair is twice."""
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # only for this
 
         learner = Tokenizer(models.BPE())
@@ -193,16 +164,21 @@ class BPETokenizer(Tokenizer):
         learner.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.FixedLength(100)]
         )
-        limits = {"vocab_size": vocab_size - 1, "min_frequency": 2}
-        trainer = trainers.BpeTrainer(**limits, initial_alphabet=SYMBOLS)
+        limits = {"vocab_size": vocab_size - 1, "min_frequency": 2, "initial_alphabet": SYMBOLS}
+        trainer = trainers.BpeTrainer(**limits, show_progress=sys.stdout.isatty())
         learner.train_from_iterator([text] if isinstance(text, str) else text, trainer)
         id_of = learner.get_vocab()
         return cls(sorted(id_of, key=id_of.get))
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Ids of text, uint32; releases the GIL."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        encoding, dtype = ("ascii", np.uint8) if text.isascii() else ("utf-32-le", "<u4")
+        space = IS_SPACE.take(np.frombuffer(text.encode(encoding), dtype), mode="clip")
+        # before the last character of each run of white space that a word follows
+        cuts = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
+        parts = [text[i:j] for i, j in pairwise([0, *cuts.tolist(), len(text)])]
         encode = functools.partial(self._encoding.encode_to_numpy, disallowed_special=())
-        parts = _cut_runs(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         if CUT in text:
             return np.concatenate([encode(part) for part in parts])
         ids = encode(CUT.join(parts), allowed_special={CUT})
@@ -236,7 +212,6 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_dict(cls, fields: dict) -> "BPETokenizer":
-        fields = check_json(fields, BPEFields)
         if fields["tokens"].count(" ") + len(fields.get("special", ())) >= MOST_TOKENS:
             raise ValueError(f"'tokens' has more than {MOST_TOKENS:,}")
         tokens, symbols = fields["tokens"].split(" "), set(SYMBOLS)
@@ -256,31 +231,41 @@ class GPT2Tokenizer(BPETokenizer):
     kind = "gpt2"
 
     def __init__(self, tokens: list[str] | None = None):
-        tokens = _gpt2_tokens() if tokens is None else tokens
+        if tokens is None:
+            try:  # tiktoken downloads them once, and would wait forever
+                found = in_thread(tiktoken.get_encoding, "gpt2").result(DOWNLOAD_SECONDS)
+            except (OSError, ValueError, TimeoutError):
+                cache = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe"
+                raise ValueError(f"GPT-2's vocabulary cannot be downloaded; {cache}") from None
+            words = map(found.decode_single_token_bytes, range(found.eot_token))
+            tokens = ["".join(map(SYMBOL_OF.get, word)) for word in words]
         if len(tokens) != 50256:
             raise ValueError(f"GPT-2 has 50,256 tokens and {END_OF_TEXT}, not {len(tokens):,}")
         super().__init__(tokens)
 
 
+Special = dict[Annotated[str, Field(max_length=1000)], NonNegativeInt]
 KINDS = {kind.kind: kind for kind in (CharTokenizer, BPETokenizer, GPT2Tokenizer)}
 
 
-@with_config({"extra": "allow"})
-class Header(TypedDict):
+class Fields(TypedDict):
+    """What a tokenizer.json holds: of char its characters, of the others the rest."""
+
     format: Literal[TOKENIZER_FORMAT]
     kind: Literal[*KINDS]
+    characters: NotRequired[list[Annotated[str, Field(min_length=1, max_length=1)]]]
+    tokens: NotRequired[str]
+    special: NotRequired[Annotated[Special, Field(max_length=MOST_SPECIAL)]]
+    eot: NotRequired[str | None]
 
 
 def load_tokenizer(source) -> Tokenizer:
-    """The tokenizer of a file that save wrote, or of a dict from to_dict; ValueError naming the
-    file where its content is anything else.
-    """
+    """A tokenizer from the path of its file or from its dict; ValueError naming the file."""
     is_dict = isinstance(source, dict)
-    content = source if is_dict else read_bytes(source, MOST_BYTES)
     try:
-        fields = check_json(content, Header)
+        fields = check_json(source if is_dict else read_bytes(source, MOST_BYTES), Fields)
         return KINDS[fields["kind"]].from_dict(fields)
-    except ValueError as error:
+    except (KeyError, ValueError) as error:
         name = "tokenizer" if is_dict else source
         raise ValueError(f"{name} is not a tokenizer: {error}") from None
 
@@ -299,26 +284,3 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is still held back, as U+FFFD; the next push starts afresh."""
         return self._utf8.decode(b"", final=True)
-
-
-# ---------------------------------------------------------------- helpers
-
-
-def _cut_runs(text) -> list[str]:
-    """text, cut before the last character of each run of white space that a word follows."""
-    encoding, dtype = ("ascii", np.uint8) if text.isascii() else ("utf-32-le", "<u4")
-    codes = np.frombuffer(text.encode(encoding), dtype)
-    space = IS_SPACE.take(codes, mode="clip")
-    cuts = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
-    return [text[i:j] for i, j in pairwise([0, *cuts.tolist(), len(text)])]
-
-
-def _gpt2_tokens() -> list[str]:
-    """GPT-2's tokens from tiktoken, which downloads them once, and would wait forever."""
-    try:
-        encoding = in_thread(tiktoken.get_encoding, "gpt2").result(DOWNLOAD_SECONDS)
-    except (OSError, ValueError, TimeoutError):
-        cache = "set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it, or use --tokenizer bpe"
-        raise ValueError(f"GPT-2's vocabulary cannot be downloaded; {cache}") from None
-    tokens = map(encoding.decode_single_token_bytes, range(encoding.eot_token))
-    return ["".join([SYMBOL_OF[byte] for byte in token]) for token in tokens]

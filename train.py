@@ -33,60 +33,23 @@ import torch
 
 import checkpoint
 import config as settings
+import logger
+import utils
 from config import GPT2_CONFIGS, MODEL_FIELDS, GPT2Config
 from data import BatchSampler, TokenDataset, validation_starts, windows_at
 from files import lock, read_json
-from logger import (
-    RunLog,
-    check_place,
-    command_for,
-    from_here,
-    human_time,
-    log_next,
-    log_row,
-    open_run,
-    perplexity,
-    quoted,
-    rank,
-    run,
-    warn,
-    world_size,
-)
+from logger import command_for, from_here, log_row, perplexity, rank, run, world_size
 from optim import full_tensor, learning_rate
-from options import FolderName, Problem, integer, parse, problems, validate
-from parallel import (
-    StopSignals,
-    all_reduce_sum,
-    broadcast_from_rank0,
-    check_alike,
-    gradient_sync,
-    process_group,
-)
-from sampling import check_prompts, sample_text
+from options import FolderName, integer, named, parse, problems, validate
+from parallel import StopSignals, all_reduce_sum, broadcast_from_rank0, gradient_sync, process_group
+from sampling import sample_text
 from state import build_state, check_vocabulary, find_checkpoint, load_initial, save_state
 from tokenizer import KINDS, load_tokenizer
-from utils import (
-    autocast,
-    derived_seed,
-    deterministic,
-    out_of_memory,
-    peak_flops,
-    peak_mb,
-    pick_device,
-    pick_dtype,
-    to_device,
-)
+from utils import autocast, deterministic, pick_device, to_device
 
 
 class Interrupted(Exception):
-    """Raised after a signal, once the state is saved."""
-
-    def __init__(self, signum, message):
-        super().__init__(message)
-        self.exit_code = 128 + signum
-
-
-# ---------------------------------------------------------------- the training loop
+    """Raised after a signal, once the state is saved; exit_code is 128 + the signal's number."""
 
 
 def train(
@@ -101,10 +64,9 @@ def train(
     return the last object logged to metrics.jsonl.
 
     resume requires a checkpoint, fresh sets an earlier run's aside; initial is a checkpoint's dict
-    whose weights a new run starts from; eval_only measures the validation loss, {"step": ...,
-    "val_loss": ...}, and changes nothing; run_name names the run's folder in log_dir. Under
-    torchrun every process must call it with the same arguments. Raises ValueError for user errors,
-    CheckpointError, WriteError, NonFiniteError, Interrupted, PeerError.
+    whose weights a new run starts from; eval_only returns {"step": ..., "val_loss": ...}, changing
+    nothing; run_name names the run's folder in log_dir. All processes of torchrun call it alike.
+    ValueError for user errors, CheckpointError, WriteError, NonFiniteError, Interrupted, PeerError.
     """
     given, config, dataset, device, why = resolve(config)
     if initial is not None:
@@ -112,10 +74,10 @@ def train(
     with contextlib.ExitStack() as stack:
         may_differ = config.compile or device.type == "cuda"  # eager CPU kernels do not
         stack.enter_context(deterministic(config.deterministic and may_differ))
-        group = stack.enter_context(process_group(device, config.peer_timeout))
-        signals = stack.enter_context(contextlib.nullcontext() if eval_only else StopSignals(group))
-        check_alike(config, dataset.hash)
+        alike = settings.to_dict(replace(config, device=None)) | {"data set": dataset.hash}
+        group = stack.enter_context(process_group(device, config.peer_timeout, alike))
         if not eval_only:
+            signals = stack.enter_context(StopSignals(group))
             broadcast_from_rank0(lambda: stack.enter_context(lock(config.checkpoint_dir)))
         is_new = fresh or (eval_only and initial is not None)
         saved = None if is_new else find_checkpoint(given, dataset, resume, rename=not eval_only)
@@ -124,30 +86,30 @@ def train(
         B, T, count = config.batch_size, config.block_size, config.gradient_accumulation_steps
         ranks = rank(), world_size()
         sampler = BatchSampler(dataset.train, T, B, count, config.seed, *ranks, config.vocab_size)
-        state = build_state(config, device, sampler, saved, initial)
+        state = build_state(config, device, saved, initial)
         del saved, initial  # free the loaded tensors
         describe_run(state, config, dataset, f"{device} ({why})")
         if eval_only:
             val_loss = estimate_loss(state.forward, dataset.val, config, device)
             return {"step": state.step, "val_loss": val_loss}
         folders = config.log_dir, config.checkpoint_dir
-        run_log = open_run(*folders, state.run, state.step, run_name)
+        run_log = logger.open_run(*folders, state.run, state.step, run_name)
         state.run, records = broadcast_from_rank0(lambda: stack.enter_context(run_log))
         if fresh:
             broadcast_from_rank0(lambda: checkpoint.set_aside(config.checkpoint_dir))
-        log = RunLog(Path(config.log_dir) / state.run, records, state.step, config.max_iters)
+        log = logger.RunLog(Path(config.log_dir) / state.run, records, state.step, config.max_iters)
         if state.step == 0:
             save_state(state, given, dataset, [checkpoint.LATEST])
-        if state.step >= config.max_iters or out_of_patience(log, config):
-            return report(state, config, log)
-        stack.enter_context(contextlib.closing(log))
-        log.start(settings.to_dict(given))
+        finished = state.step >= config.max_iters or out_of_patience(log, config)
+        if not finished:
+            stack.enter_context(contextlib.closing(log))
+            log.start(settings.to_dict(given))
 
         model, optimizer, scaler = state.model, state.optimizer, state.scaler
         micro_steps, tokens = count // world_size(), B * T * count
-        peak = peak_flops(device, config.dtype)
+        peak = utils.peak_flops(device, config.dtype)
         since, since_step = time.perf_counter(), state.step
-        while True:
+        while not finished:
             # learning rate
             lr = learning_rate(state.step, config)
             for param_group in optimizer.param_groups:
@@ -157,7 +119,7 @@ def train(
             loss = 0.0
             for micro_step in range(micro_steps):
                 number = sampler.global_micro_step(micro_step)
-                torch.manual_seed(derived_seed(config.seed, state.step, number))  # for dropout
+                torch.manual_seed(utils.derived_seed(config.seed, state.step, number))  # dropout's
                 x, y = (to_device(ids, device) for ids in sampler.batch(state.step, micro_step))
                 gradient_sync(state.forward, last=micro_step == micro_steps - 1)
                 with autocast(device, config.dtype):
@@ -177,8 +139,6 @@ def train(
             state.zero_grad()
             state.step += 1
             log.advance(state.step)
-            if state.step == 1:
-                check_first_loss(loss.item(), config)
 
             # log and evaluate
             finished = state.step == config.max_iters
@@ -200,7 +160,7 @@ def train(
                     if val_loss < best:  # false for NaN
                         state.best_val_loss = val_loss
                         due.append(checkpoint.BEST)
-                log.write(record, sample, peak_mb(device))
+                log.write(record, sample, utils.peak_mb(device))
                 finished = finished or (evaluate and out_of_patience(log, config))
                 since, since_step = time.perf_counter(), state.step
 
@@ -211,17 +171,13 @@ def train(
             if finished:
                 due.append(checkpoint.FINAL)
             if due or evaluate or signum is not None:
-                paused = time.perf_counter()
                 save_state(state, given, dataset, [*due, checkpoint.LATEST])
-                since += time.perf_counter() - paused
-
-            # stop
-            if finished:
-                break
-            if signum is not None:
-                path = Path(config.checkpoint_dir) / checkpoint.LATEST
-                where = f"after step {state.step} of {config.max_iters}; saved in {path}"
-                raise Interrupted(signum, f"{signal.Signals(signum).name} {where}")
+                since, since_step = time.perf_counter(), state.step
+            if signum is not None and not finished:
+                where = f"{state.step} of {config.max_iters}; saved in {config.checkpoint_dir}"
+                stopped = Interrupted(f"{signal.Signals(signum).name} after step {where}")
+                stopped.exit_code = 128 + signum
+                raise stopped
     return report(state, config, log)
 
 
@@ -249,14 +205,6 @@ def estimate_loss(model, tokens, config, device) -> float:
     return all_reduce_sum(total).item() / len(starts)
 
 
-def check_first_loss(loss, config):
-    """Warn if the first loss is well above ln(vocab_size), an untrained model's loss."""
-    expected = math.log(config.vocab_size)
-    if loss > expected + 0.5:
-        untrained = f"an untrained model's is near ln({config.vocab_size}) = {expected:.3f}"
-        warn(f"the first loss is {loss:.3f}, {untrained}; is the data what it should be?")
-
-
 def out_of_patience(log, config) -> bool:
     """Whether the last `patience` evaluations did not improve on an earlier one."""
     losses, patience = log.val_losses(), config.patience
@@ -266,33 +214,25 @@ def out_of_patience(log, config) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- before the first step
-
-
 def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device, str]:
     """Check config against data and machine. Returns it as checkpoints save it, and with all unset
     fields filled in; the data set; the device, and why it was picked. ValueError for conflicts.
     """
     validate(config)
-    check_place()
+    logger.check_place()
     steps, count = config.gradient_accumulation_steps, world_size()
     if steps % count:
-        raise ValueError(
-            f"--gradient_accumulation_steps {steps}: counts over all processes and is not "
-            f"divisible by {count} of them; the next that is: {math.ceil(steps / count) * count}"
-        )
+        given = f"--gradient_accumulation_steps {steps}: not divisible by {count} processes"
+        raise ValueError(f"{given}; take {math.ceil(steps / count) * count}")
     device, why = pick_device(config.device)
     dataset = TokenDataset(config.data_dir)
     dataset.require(config.block_size)
     given = replace(config, vocab_size=dataset.tokenizer.vocab_size)
     compiled = device.type == "cuda" if config.compile is None else config.compile
-    dtype = config.dtype or pick_dtype(device)
+    dtype = config.dtype or utils.pick_dtype(device)
     config = settings.derived(replace(given, device=str(device), dtype=dtype, compile=compiled))
     validate(config)  # what the machine decided, too
     return given, config, dataset, device, why
-
-
-# ---------------------------------------------------------------- reports
 
 
 def describe_run(state, config, dataset, device):
@@ -319,26 +259,23 @@ def report(state, config, log) -> dict:
     """Log the outcome, the output paths and the next command; return the last record."""
     last = log.records[-1] if log.records else {"step": state.step}
     if state.step > log.first_step:
-        log_row("done", f"{state.step:,} steps in {human_time(last['seconds'])}", "green")
+        log_row("done", f"{state.step:,} steps in {logger.human_time(last['seconds'])}", "green")
     else:
+        over = f"this run is over, at step {state.step:,} of {config.max_iters:,}"
         more = f"--max_iters {max(100, 2 * state.step)}"
         longer = more if state.step >= config.max_iters else "--patience none"
-        over = f"this run is over, at step {state.step:,} of {config.max_iters:,}"
         go_on = f"{longer} trains it for longer, --fresh starts a new one"
         log_row("finished", f"{over}\n{go_on}", "green")
-    loss = state.best_val_loss
-    if loss is not None:
+    if (loss := state.best_val_loss) is not None:
         log_row("best", f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-    path = Path(config.checkpoint_dir) / (checkpoint.LATEST if loss is None else checkpoint.BEST)
+    path = checkpoint.best_in(config.checkpoint_dir)
     log_row("checkpoint", str(path))
     log_row("curves", str(log.folder))
-    is_default = path.parent == Path(GPT2Config().checkpoint_dir)
+    is_default = path == checkpoint.best_in(GPT2Config().checkpoint_dir)
     which = [] if is_default else ["--checkpoint", path]
     tensorboard = from_here(Path(sys.executable).with_name("tensorboard"))
-    log_next(
-        command_for("generate.py", *which, "--interactive"),
-        quoted(tensorboard, "--logdir", Path(config.log_dir)),
-    )
+    curves = logger.quoted(tensorboard, "--logdir", Path(config.log_dir))
+    logger.log_next(command_for("generate.py", *which, "--interactive"), curves)
     return last
 
 
@@ -376,23 +313,20 @@ def main(argv=None) -> int:
     if options.init_from != "scratch":
         config, initial = load_initial(options.init_from, config, chosen)
     if options.data is not None:
-        data_dir = config.data_dir if "data_dir" in chosen else None
-        config.data_dir = prepare_text(options, data_dir, initial)
-        chosen.add("data_dir")
+        own_dir = config.data_dir if "data_dir" in chosen else None
+        config.data_dir = prepare_text(options, own_dir, initial)
     dataset = TokenDataset(config.data_dir)
     if "vocab_size" in chosen and config.vocab_size != dataset.vocab_size:
         given = f"--vocab_size {config.vocab_size}: {config.data_dir} has {dataset.vocab_size:,}"
         raise ValueError(f"{given}; leave it out, the model pads by itself what is faster padded")
     config = with_preset(config, chosen, dataset, initial)
     if options.prompt is not None:  # fail now, not at the end of the run
-        check_prompts(dataset.tokenizer, [options.prompt])
+        dataset.tokenizer.encode(options.prompt)
     initial = [initial]  # popped by the call: no reference outlives it
-    remedy = (
-        f"halve --batch_size (now {config.batch_size}) and double --gradient_accumulation_steps "
-        f"(now {config.gradient_accumulation_steps}) for the same result, or make the model smaller"
-    )
+    halve = f"halve --batch_size (now {config.batch_size}) and double"
+    steps = f"--gradient_accumulation_steps (now {config.gradient_accumulation_steps})"
     try:
-        with out_of_memory(remedy):
+        with utils.out_of_memory(f"{halve} {steps}, or make the model smaller"):
             resume, fresh, name = options.resume, options.fresh, options.run_name
             last = train(config, resume, fresh, initial.pop(), options.eval_only, name)
     except Interrupted as stopped:
@@ -405,8 +339,7 @@ def main(argv=None) -> int:
         loss = last["val_loss"]
         print(f"step {last['step']}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
     elif options.prompt is not None:
-        paths = [Path(config.checkpoint_dir) / n for n in (checkpoint.BEST, checkpoint.LATEST)]
-        path = next(path for path in paths if path.exists())
+        path = checkpoint.best_in(config.checkpoint_dir)
         model, tokenizer = checkpoint.load_model(path, config.device)
         print(sample_text(model, tokenizer, options.prompt, options.max_new_tokens))
     return 0
@@ -423,11 +356,11 @@ def parse_command_line(argv) -> tuple[TrainOptions, GPT2Config, set[str]]:
     if options.config is not None:
         values = read_json(options.config)
         unknown = [f"unknown setting {name}" for name in sorted(values.keys() - names)]
-        found += [Problem((), f"--config {options.config}: {problem}") for problem in unknown]
+        found += [f"--config {options.config}: {problem}" for problem in unknown]
         config = replace(config, **{n: v for n, v in values.items() if n in names - given})
         chosen |= values.keys() & names - {"vocab_size"}  # a run writes that of its data set
     is_final = config.preset == "none"
-    found += [p for p in problems(config) if is_final or set(p.fields) <= chosen]
+    found += [p for p in problems(config) if is_final or named(p) <= chosen]
     validate(options, found)
     return options, config, chosen
 

@@ -10,48 +10,37 @@ from pathlib import Path
 import torch
 
 # dense bf16/fp16 tensor-core peaks in FLOP/s, from the makers' data sheets
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "GH200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+PEAK_FLOPS = (
+    {"B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H200 NVL": 835e12}
+    | {"H100": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12}
+    | {"V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+)
 
 
 def pick_device(name: str | None = None) -> tuple[torch.device, str]:
-    """The device to use and why; ValueError if the requested one is not available. On CUDA each
-    process of a machine has its own.
-    """
+    """The device to use, on CUDA one for each process, and why; ValueError if it is not there."""
     there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
     try:
         device = torch.device(there[0] if name is None else name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: not a device; use cuda, cuda:1, mps or cpu") from None
-    if device.type not in there:
-        raise ValueError(f"--device {name}: this machine or this torch has none; try --device cpu")
+        device = None
+    if device is None or device.type not in there:
+        raise ValueError(f"--device {name}: not there, or not for this torch; use {there[0]}")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
         device, count = torch.device("cuda", index), torch.cuda.device_count()
         if index >= count:
             raise ValueError(
-                f"--device {device}: there are {count} GPUs, one a process, from cuda:0"
+                f"--device {device}: there are {count} GPUs, from cuda:0, one a process"
             )
     if name is not None:
         return device, "as asked"
+    if device.type == "cuda":
+        return device, torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return device, "Apple GPU"
     threads = torch.get_num_threads()
-    why = f"no GPU found, {threads} thread{'s' * (threads != 1)}"
-    if device.type != "cpu":
-        why = "Apple GPU" if device.type == "mps" else torch.cuda.get_device_name(device)
-    return device, why
+    return device, f"no GPU found, {threads} thread{'s' * (threads != 1)}"
 
 
 def pick_dtype(device: torch.device) -> str:
@@ -91,24 +80,21 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def peak_mb(device: torch.device) -> float | None:
-    """The most memory that this process has held, in MB: tensors on a CUDA device, all that was
-    resident elsewhere. None if the system does not tell.
-    """
+    """The most memory held so far, in MB: a CUDA device's tensors, or resident; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:
         import resource
-    except ImportError:  # not available on Windows
+    except ImportError:
         return None
     kilobyte = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte
 
 
 def set_up_device(device: torch.device, thrifty: bool = False):
-    """On CUDA: TF32 for the float32 products that autocast leaves; no cuDNN attention, which plans
-    for each new length. On a CPU: glibc's malloc keeps what large tensors free, instead of mapping
-    and clearing it again in each step, a third of the time of training GPT-2 124M; if thrifty, a
-    tensor of 1 MB or more has a mapping of its own, which goes when it does.
+    """CUDA: TF32 for float32 products; no cuDNN attention, which plans for each new length. CPU:
+    glibc's malloc keeps what large tensors free (mapping it anew is a third of a step of GPT-2
+    124M), unless thrifty, when a tensor of 1 MB or more is a mapping that goes with it.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -116,14 +102,12 @@ def set_up_device(device: torch.device, thrifty: bool = False):
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif device.type == "cpu":
         trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names of mallopt(3)
-        if thrifty:
-            values = {trim_threshold: 2**17, mmap_threshold: 2**20, mmap_max: 2**16}
-        else:
-            values = {trim_threshold: -1, mmap_max: 0}
         with contextlib.suppress(OSError, AttributeError):  # another C library
             libc = ctypes.CDLL("libc.so.6")
-            for name, value in values.items():
-                libc.mallopt(name, value)
+            libc.mallopt(trim_threshold, 2**17 if thrifty else -1)
+            libc.mallopt(mmap_max, 2**16 if thrifty else 0)
+            if thrifty:
+                libc.mallopt(mmap_threshold, 2**20)
 
 
 @contextlib.contextmanager
@@ -140,9 +124,7 @@ def deterministic(on: bool = True):
 
 @contextlib.contextmanager
 def out_of_memory(remedy: str):
-    """Running out of memory in here is a ValueError that ends with the remedy. CUDA and numpy have
-    exceptions for it; cuBLAS, a CPU's allocator and Apple's only say so.
-    """
+    """Running out of memory in here, by its type or its text, is a ValueError with the remedy."""
     try:
         yield
     except Exception as error:

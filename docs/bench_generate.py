@@ -9,9 +9,9 @@ import tempfile
 from dataclasses import dataclass, replace
 
 import torch
+from bench_common import LIMIT, InTurns, compare, read_bandwidth, run_work
 from bench_train import as_nanogpt, nanogpt_model
 
-from bench import LIMIT, InTurns, compare, least_seconds, on_cuda, run_work
 from huggingface import tensors_to_hf
 from model import GPT2
 from options import integer
@@ -65,12 +65,6 @@ def compare_generating(contenders, options, config) -> dict:
         size = parameters * getattr(torch, contenders[name][1].dtype).itemsize
         result["utilisation"] = result["per_second"] / options.streams * size / bandwidth
     return {"unit": "tokens", "read_bandwidth": bandwidth, "results": results}
-
-
-def read_bandwidth(config) -> float:
-    """Bytes a second that the device reads from its memory at best."""
-    a = torch.zeros(2**32 if on_cuda(config) else 2**28, device=config.device)
-    return a.nbytes / least_seconds(a.sum, config)
 
 
 def ours_generating(options, config):

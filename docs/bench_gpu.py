@@ -18,35 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import bench_common as common
 import torch
-from bench_generate import (
-    GenerateOptions,
-    compare_generating,
-    others,
-    ours_generating,
-    read_bandwidth,
-)
+from bench_generate import GenerateOptions, compare_generating, others, ours_generating
 from bench_plan import peak_memory
 from bench_to_loss import LossOptions, race
-from bench_train import TrainOptions, compare_training, gemm_flops, ours_training
+from bench_train import TrainOptions, compare_training, ours_training
 from torch.profiler import ProfilerActivity
 
 import checkpoint
 import optim
 import sampling
-from bench import (
-    HERE,
-    Compared,
-    compare,
-    least_seconds,
-    machine,
-    on_cuda,
-    on_device,
-    own_process,
-    settings,
-    synchronize,
-    table,
-)
 from config import GPT2_CONFIGS, apply_preset
 from files import open_to_append, writing
 from logger import log, log_row
@@ -77,8 +59,8 @@ def steps(options, count) -> TrainOptions:
 def limits(options, config):
     """the most it does: bf16 matrix products (FLOP/s), memory read, memory copied (bytes/s)"""
     a = torch.zeros(2, 2**24 if options.dry_run else 2**31, device=config.device)
-    found = {"copy": a.nbytes / least_seconds(lambda: a[0].copy_(a[1]), config)}
-    found |= {"products": gemm_flops(config), "read": read_bandwidth(config)}
+    found = {"copy": a.nbytes / common.least_seconds(lambda: a[0].copy_(a[1]), config)}
+    found |= {"products": common.gemm_flops(config), "read": common.read_bandwidth(config)}
     return {"unit": "", "results": {name: {"per_second": value} for name, value in found.items()}}
 
 
@@ -129,7 +111,12 @@ def resume(options, config):
 
         def start(name, cache):
             flags = train_flags(options, config, f"{folder}/{name}", max_iters=60, eval_interval=30)
-            command = [sys.executable, str(HERE / "train.py"), *flags, "--checkpoint_interval=20"]
+            command = [
+                sys.executable,
+                f"{common.HERE}/train.py",
+                *flags,
+                "--checkpoint_interval=20",
+            ]
             caches = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
             places = {variable: f"{folder}/{variable}-{cache}" for variable in caches}
             return subprocess.Popen(command, env=os.environ | places)
@@ -143,10 +130,7 @@ def resume(options, config):
         codes = start("killed", 3).wait(), undisturbed.wait()
         if (killed_by, *codes) != (-9, 0, 0):
             raise RuntimeError(f"exits {killed_by}, {codes[0]} (resumed), {codes[1]} (undisturbed)")
-        one, other = (
-            tensors(checkpoint.load(Path(folder, name, checkpoint.FINAL)))
-            for name in ("undisturbed", "killed")
-        )
+        one, other = (tensors(f"{folder}/{name}") for name in ("undisturbed", "killed"))
     unlike = [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
     counts = {"tensors": len(one), "unlike": len(unlike)}
     return {"unit": "", "results": {"resumed": counts | {"names": unlike[:10]}}}
@@ -159,8 +143,9 @@ def train_flags(options, config, folder, **values) -> list[str]:
     return ["--preset=shakespeare-gpu", *(f"--{name}={value}" for name, value in values.items())]
 
 
-def tensors(state) -> dict:
-    """Weights and optimizer state of a checkpoint by name."""
+def tensors(folder) -> dict:
+    """Weights and optimizer state of its last checkpoint by name."""
+    state = checkpoint.load(Path(folder, checkpoint.FINAL))
     named = {f"{name} {key}": t for name, s in state["optimizer"].items() for key, t in s.items()}
     return state["model"] | named
 
@@ -183,8 +168,7 @@ def generating(options, config, streams):
     return compare_generating(contenders | others(how, config), how, config)
 
 
-def plain_generating(options, config):
-    """Without a CUDA graph."""
+def plain_generating(options, config):  # without a CUDA graph
     sampling.use_graph = lambda device: False
     return ours_generating(options, config)
 
@@ -210,7 +194,7 @@ def xl(options, config):
 def muon(options, config):
     """Muon's update of 124M by how many numbers it orthogonalizes at once"""
     contenders = {f"2^{n}": (partial(muon_update, 2**n), config) for n in (21, 24, 26)}
-    return {"unit": "updates", "results": compare(contenders, steps(options, 10))}
+    return {"unit": "updates", "results": common.compare(contenders, steps(options, 10))}
 
 
 def muon_update(most, options, config):
@@ -245,33 +229,27 @@ def profiles(options, config):
 
 
 def kernels(function, config) -> dict:
-    """Of the middle half of the kernels that function launches: how many, seconds from the first to
-    the last, the share of them in which any runs, and the longest with their calls and
-    milliseconds. On a CPU operators count as kernels.
+    """Of the middle half of the kernels that function launches (on a CPU: operators): how many, the
+    seconds in which they run, the share of these with any running, the longest with calls and ms.
     """
-    kind = "CUDA" if on_cuda(config) else "CPU"
+    kind = "CUDA" if common.on_cuda(config) else "CPU"
     with torch.profiler.profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
         function()
-        synchronize(config)
+        common.synchronize(config)
     events = [e for e in profiler.events() if e.device_type.name == kind]
-    events = sorted(
-        (e for e in events if not e.is_user_annotation), key=lambda e: e.time_range.start
-    )
+    events = [(e.time_range, e.name) for e in events if not e.is_user_annotation]
+    events.sort(key=lambda event: event[0].start)
     events = events[len(events) // 4 : -(len(events) // 4)]
-    begin = until = events[0].time_range.start  # microseconds
+    begin = until = events[0][0].start  # microseconds
     busy, calls, took = 0.0, Counter(), Counter()
-    for event in events:
-        start, end = event.time_range.start, event.time_range.end
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
-        calls[event.name] += 1
-        took[event.name] += (end - start) / 1e3
-    found = {
-        "launches": len(events),
-        "seconds": (until - begin) / 1e6,
-        "busy": busy / (until - begin),
-    }
-    return found | {"longest": [(name, calls[name], ms) for name, ms in took.most_common(15)]}
+    for time_range, name in events:
+        busy += max(0.0, time_range.end - max(time_range.start, until))
+        until = max(until, time_range.end)
+        calls[name] += 1
+        took[name] += (time_range.end - time_range.start) / 1e3
+    longest = [(name, calls[name], ms) for name, ms in took.most_common(15)]
+    found = {"launches": len(events), "seconds": (until - begin) / 1e6}
+    return found | {"busy": busy / (until - begin), "longest": longest}
 
 
 FIRST = limits, train_12, train_64, resume, generate_1, generate_8  # what a cut run should have
@@ -282,7 +260,7 @@ STAGES = {stage.__name__: stage for stage in (*FIRST, shakespeare, xl, muon, pro
 
 
 @dataclass(kw_only=True)
-class GpuOptions(Compared):
+class GpuOptions(common.Compared):
     # what to do (--save appends a line a stage)
     stages: list[Literal[*STAGES]] | None = None  # of those below; unset: all
     minutes: number(above=0) = 9  # no stage starts later; the longest take one or two
@@ -293,12 +271,10 @@ def main(argv) -> int:
     about = [f"    {name:12} {stage.__doc__}" for name, stage in STAGES.items()]
     doc = "\n".join([__doc__.rstrip(), "    stages:", *about])
     usage = "bench.py gpu [--save FILE] [--nanogpt DIR] [any setting of train.py]"
-    options, config, _ = settings(argv, doc, GpuOptions, usage)
-    config = on_device(replace(config, **TINY) if options.dry_run else config)
-    if not on_cuda(config) and not options.dry_run:
-        raise ValueError(
-            f"--device {config.device}: not a GPU; --dry_run tries each stage on a CPU"
-        )
+    options, config, _ = common.settings(argv, doc, GpuOptions, usage)
+    config = common.on_device(replace(config, **TINY) if options.dry_run else config)
+    if not common.on_cuda(config) and not options.dry_run:
+        raise ValueError(f"--device {config.device}: not a GPU; --dry_run does with a CPU")
     until, failed = time.monotonic() + 60 * options.minutes, []
     with tempfile.TemporaryDirectory() as folder:
         config = replace(config, data_dir=f"{folder}/data" if options.dry_run else config.data_dir)
@@ -319,7 +295,7 @@ def run_stage(name, options, config, until) -> dict:
     if start > until and not options.dry_run:
         return {"error": f"not started, --minutes {options.minutes:g} are over"}
     try:
-        with own_process() as process:
+        with common.own_process() as process:
             report = process.submit(STAGES[name], options, config).result()
     except Exception as error:  # of any kind: the stages after it can still be measured
         reason = (str(error).strip() or "no message").splitlines()[0]
@@ -332,7 +308,7 @@ def keep(options, record):
     if options.save is not None:
         with writing(options.save), open_to_append(options.save) as file:
             file.write(f"{json.dumps(record)}\n".encode())
-    text = table(record) if "results" in record else record.get("error", json.dumps(record))
+    text = common.table(record) if "results" in record else record.get("error", json.dumps(record))
     print(f"\n{record['stage']}\n{text}", flush=True)
     for name, result in record.get("results", {}).items():
         for kernel, calls, ms in result.get("longest", []):
@@ -340,8 +316,8 @@ def keep(options, record):
 
 
 def about_machine(config) -> dict:
-    about = machine(config)
-    if on_cuda(config):
+    about = common.machine(config)
+    if common.on_cuda(config):
         about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         ask = ["nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm"]
         with contextlib.suppress(OSError):
@@ -351,9 +327,8 @@ def about_machine(config) -> dict:
 
 def prepare(options, config):
     """Tiny Shakespeare by characters, in a dry run the sonnets."""
-    if (Path(config.data_dir) / "meta.json").exists():
-        return
-    command = [sys.executable, str(HERE / "prepare_data.py"), "--data_dir", config.data_dir]
+    command = [sys.executable, f"{common.HERE}/prepare_data.py", "--data_dir", config.data_dir]
     command += ["--tokenizer", "char"]
-    command += ["--input", str(HERE / "data" / "sonnets.txt")] if options.dry_run else []
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command += ["--input", f"{common.HERE}/data/sonnets.txt"] if options.dry_run else []
+    if not Path(config.data_dir, "meta.json").exists():
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

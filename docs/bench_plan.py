@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from bench_common import columns, publish, settings
 
-from bench import columns, publish, settings
 from config import GPT2_CONFIGS
 from logger import human_time
 from model import GPT2
@@ -43,28 +43,12 @@ class PlanOptions:
     save: str | None = None  # write the JSON to this file too
 
 
-def plan_settings(argv) -> tuple:
-    """Options and config; where the flags do not say, the fewest micro-batches that make no smaller
-    a step than the preset's.
-    """
-    usage = "bench.py plan [--gpus N] [--gpu NAME] [any setting of train.py]"
-    options, config, given = settings(argv, __doc__, PlanOptions, usage)
-    config.dtype, gpus = config.dtype or "bfloat16", options.gpus
-    if "gradient_accumulation_steps" not in given:
-        preset = GPT2_CONFIGS["gpt2"] | GPT2_CONFIGS.get(config.preset, {})
-        sequences = preset["batch_size"] * preset["gradient_accumulation_steps"]
-        config.gradient_accumulation_steps = math.ceil(sequences / config.batch_size / gpus) * gpus
-    return options, config
-
-
 def make_plan(options, config) -> dict:
     """Memory, steps and days of a run by the formulas of docs/scaling.md; nothing is run."""
     gpus, (name, gigabytes) = options.gpus, GPUS[options.gpu]
     if config.gradient_accumulation_steps % gpus:
-        raise ValueError(
-            f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: counts over all "
-            f"processes and is not divisible by {gpus} of them"
-        )
+        count = f"--gradient_accumulation_steps {config.gradient_accumulation_steps}"
+        raise ValueError(f"{count}: not divisible by {gpus} processes, over which it counts")
     with torch.device("meta"):
         model = GPT2(config)
     tokens = config.batch_size * config.gradient_accumulation_steps * config.block_size
@@ -84,9 +68,8 @@ def make_plan(options, config) -> dict:
             return peak_memory(replace(config, parallel=way, batch_size=batch_size), model, gpus)
 
         plan = report["memory"][way] = memory(config.batch_size)
-        plan["fits"] = plan["bytes"] <= room
-        largest = bisect.bisect(range(1, 4097), room, key=lambda n: memory(n)["bytes"])
-        plan["largest_batch_size"] = largest
+        plan["fits"], sizes = plan["bytes"] <= room, range(1, 4097)
+        plan["largest_batch_size"] = bisect.bisect(sizes, room, key=lambda n: memory(n)["bytes"])
     return report
 
 
@@ -156,13 +139,18 @@ def plan_text(report) -> str:
     rows["saving"] = [plan["saving_bytes"] for plan in plans.values()]
     rows = {name: [f"{size / 1e9:.2f}" for size in row] for name, row in rows.items()}
     rows["fullest in a step"] = [plan["moment"] for plan in plans.values()]
-    fits = ["yes" if plan["fits"] else "no" for plan in plans.values()]
-    rows[f"fits {report['gpu_gb']} GB"] = fits
+    rows[f"fits {report['gpu_gb']} GB"] = ["yes" if p["fits"] else "no" for p in plans.values()]
     rows["largest batch_size"] = [plan["largest_batch_size"] for plan in plans.values()]
     return f"{text}\n{columns({'GB a process': plans} | rows)}"
 
 
 def main(argv) -> int:
-    options, config = plan_settings(argv)
+    usage = "bench.py plan [--gpus N] [--gpu NAME] [any setting of train.py]"
+    options, config, given = settings(argv, __doc__, PlanOptions, usage)
+    config.dtype, gpus = config.dtype or "bfloat16", options.gpus
+    if "gradient_accumulation_steps" not in given:  # the fewest for no smaller a step than preset's
+        preset = GPT2_CONFIGS["gpt2"] | GPT2_CONFIGS.get(config.preset, {})
+        sequences = preset["batch_size"] * preset["gradient_accumulation_steps"]
+        config.gradient_accumulation_steps = math.ceil(sequences / config.batch_size / gpus) * gpus
     publish(plan_text, "plan", options, config, make_plan(options, config))
     return 0

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from bench_common import HERE, InTurns, run_work, take_turns
 
-from bench import HERE, InTurns, run_work, take_turns
 from options import integer
 
 
@@ -35,7 +35,7 @@ def compare_preparing(options, config) -> dict:
             while file.tell() < options.megabytes * 1e6:
                 file.write(" ".join(generator.choice(words, 100_000)) + "\n")
             megabytes = file.tell() / 1e6
-        ours = [str(HERE / "prepare_data.py"), "--input", file.name, "--tokenizer", "gpt2"]
+        ours = [f"{HERE}/prepare_data.py", "--input", file.name, "--tokenizer", "gpt2"]
         ours += ["--data_dir", f"{folder}/ours", "--overwrite"]
         contenders = {"ours": functools.partial(time_script, ours, megabytes)}
         if options.nanogpt:  # it reads the input.txt next to it

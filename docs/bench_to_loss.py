@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from bench_common import HERE, Compared, on_cuda, run_work, spinning
 from bench_train import as_nanogpt, nanogpt_model, training_step
 
-from bench import HERE, Compared, on_cuda, run_work, spinning
 from config import GPT2Config, derived
 from data import TokenDataset, validation_starts, windows_at
 from optim import learning_rate
@@ -59,7 +59,7 @@ def race(options, config) -> dict:
 
 def our_curve(options, config) -> list[tuple[float, float]]:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / "train.py"), "--data_dir", config.data_dir]
+        command = [sys.executable, f"{HERE}/train.py", "--data_dir", config.data_dir]
         command += ["--device", config.device, "--checkpoint_dir", f"{folder}/c"]
         command += ["--log_dir", f"{folder}/r", *shlex.split(options.flags)]
         if code := subprocess.call(command):

@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass, replace
 
 import torch
+from bench_common import LIMIT, InTurns, compare, gemm_flops, on_cuda, run_work
 
-from bench import LIMIT, InTurns, compare, least_seconds, on_cuda, run_work
 from model import GPT2
 from optim import make_optimizer
 from options import integer
@@ -36,13 +36,6 @@ def compare_training(options, config, ours=None) -> dict:
     for result in results.values():
         result["utilisation"] = result["per_second"] * flops / peak
     return {"unit": "tokens", "gemm_flops": peak, "results": results}
-
-
-def gemm_flops(config) -> float:
-    """FLOP/s of the best of some large matrix products."""
-    n = 8192 if on_cuda(config) else 2048
-    a = torch.randn(n, n, device=config.device, dtype=getattr(torch, config.dtype))
-    return 2 * n**3 / least_seconds(lambda: a @ a, config)
 
 
 def ours_training(options, config):

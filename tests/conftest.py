@@ -36,9 +36,8 @@ def pytest_configure(config):
 
 def pytest_xdist_auto_num_workers(config):
     """Two share the suite; a file, what is to be seen with -s, and a GPU's tests are run here."""
-    is_suite = all(Path(arg).is_dir() for arg in config.args)
     alone = config.option.capture == "no" or config.option.markexpr.startswith("gpu")
-    return 2 if is_suite and not alone else 0
+    return 2 if all(Path(arg).is_dir() for arg in config.args) and not alone else 0
 
 
 def same(one, other):
@@ -58,17 +57,15 @@ def in_child(function, *arguments):
 
 
 def in_processes(count, function, *arguments):
-    """Call function in `count` forked children that find each other as under torchrun, and give
-    their exit codes in the order of their ranks.
-    """
+    """The exit codes of `count` children, as in_child's, that find each other as under torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
     def member(rank):
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= {"TORCHELASTIC_RUN_ID": "none"}
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+        place = f"MASTER_ADDR=127.0.0.1 MASTER_PORT={port} TORCHELASTIC_RUN_ID=none"
+        place += f" RANK={rank} LOCAL_RANK={rank} WORLD_SIZE={count}"
+        os.environ.update(word.split("=") for word in place.split())
         return function(*arguments)
 
     pids = [fork(member, rank) for rank in range(count)]
@@ -147,12 +144,6 @@ def prepare(text, data_dir):
     return data_dir
 
 
-@pytest.fixture
-def char_data(tmp_path):
-    """A prepared data set of characters, about 6,900 of them."""
-    return prepare(TEXT, tmp_path / "data")
-
-
 @pytest.fixture(scope="module")
 def short_samples():
     """Half of a tiny run's time is the text of each evaluation: 20 tokens of it show the same."""
@@ -165,11 +156,11 @@ def short_samples():
 
 
 @pytest.fixture
-def tiny_config(tmp_path, char_data, short_samples):
+def tiny_config(tmp_path, short_samples):
     """A run of a few seconds: 2 layers of 32 channels, everything under tmp_path."""
     shape = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32, "batch_size": 4}
     steps = {"gradient_accumulation_steps": 2, "max_iters": 20, "learning_rate": 1e-3}
     often = {"eval_interval": 10, "eval_iters": 4, "log_interval": 1}
     places = {"checkpoint_dir": str(tmp_path / "checkpoints"), "log_dir": str(tmp_path / "runs")}
-    places |= {"data_dir": str(char_data), "device": "cpu", "dtype": "float32"}
-    return GPT2Config(**shape, **steps, **often, **places)
+    places |= {"data_dir": str(prepare(TEXT, tmp_path / "data"))}  # 6,900 characters
+    return GPT2Config(**shape, **steps, **often, **places, device="cpu", dtype="float32")

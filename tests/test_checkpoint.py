@@ -21,17 +21,15 @@ from tokenizer import CharTokenizer
 CONFIG = GPT2Config(vocab_size=20, block_size=8, n_layer=2, n_head=2, n_embd=16)
 
 
-def make_state(step=3, seed=0):
+def make_state(step=3):
     """A checkpoint as in the middle of a run, with an AdamW's state."""
-    torch.manual_seed(seed)
-    state = checkpoint.new_state(
-        CONFIG, dict(GPT2(CONFIG).state_dict()), CharTokenizer.train("abcdefghijklmnopqrst")
-    )
-    state["optimizer"] = {
-        name: {"step": torch.tensor(3.0), "exp_avg": weight + 1, "exp_avg_sq": weight**2}
-        for name, weight in state["model"].items()
-        if name != "lm_head.weight"
-    }
+    torch.manual_seed(0)
+    tokenizer = CharTokenizer.train("abcdefghijklmnopqrst")
+    state = checkpoint.new_state(CONFIG, dict(GPT2(CONFIG).state_dict()), tokenizer)
+    for name, w in state["model"].items():
+        if name != "lm_head.weight":
+            kept = {"step": torch.tensor(3.0), "exp_avg": w + 1, "exp_avg_sq": w**2}
+            state["optimizer"][name] = kept
     state |= {"step": step, "best_val_loss": 2.5, "rng": {"torch": torch.get_rng_state()}}
     return state | {"data_hash": "0" * 64, "run": "2026-01-01_00-00-00"}
 
@@ -41,21 +39,17 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def save_latest(folder, state):
-    save(folder / "checkpoint.pt", state, previous=folder / "previous_checkpoint.pt")
-
-
 @pytest.fixture
 def two(tmp_path):
     """The path of the latest of two checkpoints, of steps 1 and 2."""
-    save_latest(tmp_path, make_state(1))
-    save_latest(tmp_path, make_state(2))
+    for step in (1, 2):
+        save(tmp_path / "checkpoint.pt", make_state(step))
     return tmp_path / "checkpoint.pt"
 
 
 def test_checkpoint_reads_back_what_was_saved_and_the_one_before_stays(two):
     state = make_state(3)
-    save_latest(two.parent, state)
+    save(two, state)
     assert same(load(two), state) and same(torch.load(two, weights_only=True), state)
     assert same(load(two.parent / "previous_checkpoint.pt"), make_state(2))
     assert len(os.listdir(two.parent)) == 2
@@ -69,14 +63,11 @@ def test_atomic_save_on_a_full_disk_leaves_all_as_it_was(two):
         state = make_state(3) | {"rng": {"torch": torch.zeros(300_000)}}
         says = r"write .*checkpoint\.pt: File too large.* are free.* needs 1\.3 MB"
         with pytest.raises(WriteError, match=says):
-            save_latest(two.parent, state)
+            save(two, state)
 
     before = contents(two.parent)
     assert in_child(save_in_little_room) == 0
     assert contents(two.parent) == before
-
-
-# ---------------------------------------------------------------- damage
 
 
 def changed(data, change):
@@ -104,19 +95,18 @@ def damage(path, kind="one bit"):
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_found_and_the_one_before_is_used(two, kind):
+def test_damage_is_found_and_the_one_before_is_used(two, kind, capfd):
     damage(two, kind)
     bad = two.read_bytes()
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt: not usable"):
         load(two)
-    used, state, damaged = latest(two.parent)
+    used, state = latest(two.parent)
     assert used.name == "previous_checkpoint.pt" and state["step"] == 1
-    assert len(damaged) == 1 and str(two) in damaged[0]
+    assert f"passed over and kept as *.damaged: {two}" in capfd.readouterr().err
     assert two.with_name("checkpoint.pt.damaged").read_bytes() == bad and not two.exists()
 
 
-def test_damage_to_all_names_each_and_touches_none(two):
-    save(two.parent / "checkpoint_iter_2.pt", make_state(2))
+def test_damage_to_all_names_each_and_touches_none_until_another_is_there(two):
     for path in two.parent.iterdir():
         damage(path)
     before = contents(two.parent)
@@ -124,17 +114,8 @@ def test_damage_to_all_names_each_and_touches_none(two):
         latest(two.parent)
     assert all(name in str(error.value) for name in before) and error.value.exit_code == 3
     assert contents(two.parent) == before
-
-
-def test_no_checkpoint_is_none_and_other_kinds_are_fallen_back_on(tmp_path):
-    assert latest(tmp_path) is None
-    save(tmp_path / "checkpoint_iter_7.pt", make_state(7))
-    save(tmp_path / "checkpoint.pt", make_state(8))
-    damage(tmp_path / "checkpoint.pt")
-    assert latest(tmp_path)[1]["step"] == 7
-
-
-# ---------------------------------------------------------------- hostile files
+    save(two.parent / "checkpoint_iter_7.pt", make_state(7))
+    assert latest(two.parent)[1]["step"] == 7
 
 
 class Canary:
@@ -163,17 +144,7 @@ def config(**values):
 
 
 def weight(name, change):
-    """One weight is replaced by what change makes of it."""
     return edited(lambda state: state["model"].update({name: change(state["model"].get(name))}))
-
-
-def moment(change):
-    """The optimizer state of one weight is edited."""
-    return edited(lambda state: change(state["optimizer"][WTE]))
-
-
-def pickled(path, canary):
-    path.write_bytes(pickle.dumps(Canary(canary)))
 
 
 def pickled_in_zip(path, canary):
@@ -191,23 +162,20 @@ def deflated(path, canary):
 WTE, HEAD, NORM = "transformer.wte.weight", "lm_head.weight", "transformer.ln_f.weight"
 CODE, PLAIN = "might run code", "model.transformer.wte.weight: not a plain tensor"
 HOSTILE = {  # what it is -> how it is made, and the reason given
-    "a pickle": (pickled, "no checkpoint"),
+    "a pickle": (lambda path, canary: path.write_bytes(pickle.dumps(Canary(canary))), "no check"),
     "a pickle inside torch's zip": (pickled_in_zip, CODE),
     "a deflated zip": (deflated, "compressed"),
     "a sparse tensor": (weight(WTE, lambda w: w.to_sparse()), CODE),
     "a meta tensor": (weight(WTE, lambda w: w.to("meta")), CODE),
     "a stride-0 tensor": (weight(WTE, lambda w: w[:1, :1].clone().expand(20, 16)), PLAIN),
-    "a huge one": (weight(WTE, lambda w: w[:1, :1].clone().expand(10**6, 10**6)), "the file"),
     "quantized": (weight(WTE, lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)), CODE),
     "weights that are not finite": (weight(WTE, lambda w: w / 0), "wte.weight: .*not finite"),
     "a wrong shape": (weight(NORM, lambda w: w[1:].clone()), "size mismatch for transformer.ln_f"),
     "a missing weight": (edited(lambda state: state["model"].pop(NORM)), "Missing.*ln_f.weight"),
     "a weight too many": (weight("extra", lambda w: torch.zeros(3)), "Unexpected.*extra"),
     "a head of its own": (weight(HEAD, lambda w: w + 1), "the head is not tied"),
-    "moments that are not finite": (moment(lambda m: m["exp_avg"].div_(0)), "not finite"),
-    "moments of a wrong shape": (moment(lambda m: m.update(exp_avg=torch.zeros(3))), "has shape"),
+    "moments not finite": (edited(lambda s: s["optimizer"][WTE]["exp_avg"].div_(0)), "not finite"),
     "moments of no weight": (setting(optimizer={"other": {}}), "not the state of a weight"),
-    "a random state that is none": (setting(rng={"torch": torch.zeros(3).byte()}), "state"),
     "a missing key": (edited(lambda state: state.pop("optimizer")), "optimizer: is missing"),
     "nanoGPT's": (setting(model_args={}), "convert.py from_nanogpt"),
     "a key of a wrong type": (setting(step="3"), "step: .*valid integer"),

@@ -342,6 +342,35 @@ def test_a_disk_that_fills_under_the_logs_ends_training_in_one_line(config, monk
 # ---------------------------------------------------------------- small things
 
 
+def test_a_finished_run_s_advice_trains(config, capfd):
+    train(config)
+    for steps_then in (100, 200):
+        assert main(replace(config, max_iters=2)) == 0  # as it was started, or with less
+        advice = re.search(r"--max_iters (\d+) trains it for longer", capfd.readouterr().err)
+        assert main(replace(config, max_iters=int(advice[1]))) == 0
+        assert saved(config)["step"] == steps_then
+
+
+def test_nanogpt_s_character_data_gets_a_command_that_works(config, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("nanoGPT/data/shakespeare_char")
+    folder.mkdir(parents=True)
+    shutil.copy(f"{config.data_dir}.txt", folder / "input.txt")
+    for name in ("train.bin", "val.bin"):
+        shutil.copy(f"{config.data_dir}/{name}", folder)
+    (folder / "meta.pkl").write_bytes(b"cos\nsystem\n.")
+    assert main(replace(config, data_dir=str(folder))) == 2
+    command = errors(capfd)[0].split("`")[1].split()[2:]
+    assert run(prepare_data.main, command) == 0
+    assert main(replace(config, data_dir="data/shakespeare_char")) == 0
+
+
+def test_a_split_of_one_token_is_refused(config, tmp_path, capfd):
+    write(tmp_path / "data", range(99), [1])
+    assert main(replace(config, data_dir=str(tmp_path / "data"))) == 2
+    assert "val has 1 tokens" in errors(capfd)[0]
+
+
 def test_a_vocabulary_size_that_is_not_the_data_set_s_is_refused(config, capfd):
     assert main(config, "--vocab_size", "50304") == 2
     (line,) = errors(capfd)

@@ -19,15 +19,6 @@ EVENING = ("config", "model", "data", "optim", "train", "sampling", "generate")
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text("utf-8")) for path in FILES}
 BY_NAME = pytest.mark.parametrize("name", TREES)
-# A little above where the code stands: lower them as it shrinks.
-CEILINGS = {
-    "lines of a file": 480,
-    "lines of the evening": 2000,
-    "lines": 6600,
-    "statements": 4400,
-    "functions": 390,
-    "lines of tests": 7700,
-}
 
 
 def lines(*paths):
@@ -36,15 +27,15 @@ def lines(*paths):
 
 def test_the_code_can_be_read_in_an_evening():
     nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
-    found = {
-        "lines of a file": max(map(lines, FILES)),
-        "lines of the evening": lines(*(ROOT / f"{name}.py" for name in EVENING)),
-        "lines": lines(*FILES),
-        "statements": sum(isinstance(node, ast.stmt) for node in nodes),
-        "functions": sum(isinstance(node, ast.FunctionDef) for node in nodes),
-        "lines of tests": lines(*ROOT.glob("tests/*.py")),
+    ceilings = {  # a little above where the code stands: lower them as it shrinks
+        "lines of a file": (max(map(lines, FILES)), 420),
+        "lines of the evening": (lines(*(ROOT / f"{name}.py" for name in EVENING)), 1760),
+        "lines": (lines(*FILES), 5660),
+        "statements": (sum(isinstance(node, ast.stmt) for node in nodes), 4080),
+        "functions": (sum(isinstance(node, ast.FunctionDef) for node in nodes), 340),
+        "lines of tests": (lines(*ROOT.glob("tests/*.py")), 7050),
     }
-    assert {name: count for name, count in found.items() if count > CEILINGS[name]} == {}
+    assert {name: size for name, size in ceilings.items() if size[0] > size[1]} == {}
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
@@ -62,16 +53,12 @@ def test_contributing_has_a_row_for_every_file_below_those_that_it_imports_and_s
 
 
 @BY_NAME
-def test_imports_are_those_of_contributing(name):
+def test_imports_are_those_of_contributing_and_do_nothing(name):
+    assert ast.get_docstring(TREES[name])
     nodes = list(ast.walk(TREES[name]))
     found = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
     found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert found & TREES.keys() <= set(MAY_IMPORT[name])
-
-
-@BY_NAME
-def test_a_file_opens_with_its_purpose_and_importing_it_does_nothing(name):
-    assert ast.get_docstring(TREES[name])
     quiet = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
     for node in TREES[name].body[1:]:
         is_main = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
@@ -97,10 +84,8 @@ def test_preparing_text_does_not_wait_for_torch():
 
 @BY_NAME
 def test_no_file_can_be_unpickled_or_executed(name):
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Call):
-            forbidden = ("exec", "eval", "pickle.load", "pickle.loads", "torch.load")
-            assert ast.unparse(node.func) not in forbidden
+    called = {ast.unparse(n.func) for n in ast.walk(TREES[name]) if isinstance(n, ast.Call)}
+    assert not called & {"exec", "eval", "pickle.load", "pickle.loads", "torch.load"}
 
 
 @pytest.mark.parametrize("flags", [["check"], ["format", "--check"]])

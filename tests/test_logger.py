@@ -21,18 +21,14 @@ from logger import run
 STYLE = re.compile(r"\033\[[\d;]*m")
 CURSOR = re.compile(r"\033\[\??\d*[AKhl]")  # of a live line: up, erase, hide and show
 SIZE = {"dimensions": (24, 80), "encoding": "utf-8", "timeout": 120}
-PREAMBLE = f"""
-import os, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import logger
-from logger import *
-"""
 
 
 def python(code, **environment):
     """The command that runs a snippet which has logger's names, and its environment."""
     kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
-    return [sys.executable, "-c", PREAMBLE + code], {**kept, "TERM": "xterm", **environment}
+    kept |= {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    code = f"import os, sys, time, logger\nfrom logger import *\n{code}"
+    return [sys.executable, "-c", code], kept | environment
 
 
 def on_a_terminal(code, **environment):
@@ -55,8 +51,6 @@ def frames(shown):
     return re.split(r"[\r\n]+", CURSOR.sub("", STYLE.sub("", shown)))
 
 
-# ---------------------------------------------------------------- messages
-
 LONG = "the quick brown fox `jumps over the lazy dog and goes on and on for ever` " + 80 * "x"
 SAID = f"""
 log_row("device", {LONG!r}, "green")
@@ -68,27 +62,27 @@ log_next("next one", console=stdout)
 """
 
 
-def test_a_terminal_gets_lines_folded_at_words_and_a_pipe_whole_ones():
-    rest = f"one\ntwo\nwarning: not so\nnext       python train.py --prompt {70 * 'y'}\n"
-    rest += "           tensorboard\n"
-    out, err = piped(SAID, FORCE_COLOR="1")
-    assert err == f"device     {LONG}\n{rest}"
-    assert out == "done       well\nnext       next one\n"
-    shown = on_a_terminal(SAID, NO_COLOR="1")
-    folded = "device     the quick brown fox\n"
-    folded += "           `jumps over the lazy dog and goes on and on for ever`\n"
-    assert shown == f"{folded}           {80 * 'x'}\n{rest}{out}"
+REST = f"one\ntwo\nwarning: not so\nnext       python train.py --prompt {70 * 'y'}\n"
+REST += "           tensorboard\n"
+OUT = "done       well\nnext       next one\n"
+
+
+def test_a_pipe_gets_whole_lines_without_styles():
+    assert piped(SAID, FORCE_COLOR="1") == (OUT, f"device     {LONG}\n{REST}")
 
 
 @pytest.mark.parametrize(
     "environment, is_styled",
-    [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+    [({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
 )
-def test_only_a_terminal_that_wants_styles_gets_them(environment, is_styled):
+def test_a_terminal_gets_lines_folded_at_words_and_styles_if_it_wants_them(environment, is_styled):
     shown = on_a_terminal(SAID + 'show("bold", "bold")', **environment)
-    assert STYLE.sub("", shown).endswith("bold") and bool(STYLE.search(shown)) is is_styled
-    if is_styled:
-        assert "\033[32mdevice     \033[0mthe quick" in shown and "\033[1mbold\033[0m" in shown
+    folded = "device     the quick brown fox\n"
+    folded += "           `jumps over the lazy dog and goes on and on for ever`\n"
+    assert STYLE.sub("", shown) == f"{folded}           {80 * 'x'}\n{REST}{OUT}bold"
+    assert bool(STYLE.search(shown)) is is_styled
+    for styled in ("\033[32mdevice     \033[0mthe quick", "\033[1mbold\033[0m"):
+        assert (styled in shown) is is_styled
 
 
 def test_control_characters_are_visible_on_a_terminal_and_results_untouched_in_a_pipe():
@@ -126,11 +120,7 @@ work()
     shown = on_a_terminal(code)
     assert max(map(len, frames(shown))) <= 80 and frames(shown).count("between") == 6
     assert any(re.search("^reading .* 8 (/ 10 )?pages", line) for line in frames(shown))
-    last = shown.rsplit("reading", 1)[1]
-    assert "\033[2K" in last and "after" in last  # the live line has gone
-
-
-# ---------------------------------------------------------------- exit codes
+    assert re.search(r"\033\[2K.*after", shown.rsplit("reading", 1)[1], re.DOTALL)  # it has gone
 
 
 class Stopped(Exception):
@@ -154,10 +144,7 @@ def test_an_error_is_an_exit_code_and_a_line_without_traceback(error, code, line
     assert run(Mock(side_effect=error), []) == code and capsys.readouterr().err == line
     assert run(Mock(side_effect=error), ["--debug"]) == code
     assert ("Traceback" in capsys.readouterr().err) is (code != 130)
-
-
-def test_a_bug_is_not_hidden():
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError):  # a bug is not hidden
         run(Mock(side_effect=ZeroDivisionError), [])
 
 
@@ -166,23 +153,18 @@ def test_of_several_processes_one_says_what_all_have_met(monkeypatch, capsys):
     for name, value in places.items():
         monkeypatch.setenv(name, value)
     logger.log("a message")
-    error = ValueError("an error")
-    assert run(Mock(side_effect=error), []) == 2 and capsys.readouterr().err == ""
-    error.rank_local = True
-    assert run(Mock(side_effect=error), []) == 2
-    assert capsys.readouterr().err == "process 1: error: an error\n"
+    main = Mock(side_effect=ValueError("an error"))
+    assert run(main, []) == 2 and capsys.readouterr().err == ""
+    main.side_effect.rank_local = True
+    assert run(main, []) == 2 and capsys.readouterr().err == "process 1: error: an error\n"
 
 
-@pytest.mark.parametrize(
-    "shell, lines",
-    [
-        ("{} | head -n 1", 1),  # the reader has what it wants
-        ("{} >&-", 0),
-        ("{} 2>&-", 5000),
-        ("{} 2> >(exit 0)", 5000),  # work goes on without messages
-    ],
-)
-def test_streams_that_are_closed_are_no_error(shell, lines):
+# how a stream is closed, and how many lines arrive; work goes on without messages
+CLOSED = {"| head -n 1": 1, ">&-": 0, "2>&-": 5000, "2> >(exit 0)": 5000}
+
+
+@pytest.mark.parametrize("shell", CLOSED)
+def test_streams_that_are_closed_are_no_error(shell):
     command, environment = python("""
 def main(argv):
     assert not sys.stdout.isatty() and not sys.stderr.isatty()
@@ -191,13 +173,10 @@ def main(argv):
         log("message")
 sys.exit(run(main))
 """)
-    script = shell.format(shlex.join(command)) + "; exit ${PIPESTATUS[0]}"
+    script = f"{shlex.join(command)} {shell}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == lines * "line\n"
+    assert done.returncode == 0 and done.stdout == CLOSED[shell] * "line\n"
     assert "Traceback" not in done.stderr
-
-
-# ---------------------------------------------------------------- what to type next
 
 
 def test_what_to_type_for_this_python_depends_on_the_path(tmp_path, monkeypatch):
@@ -205,13 +184,14 @@ def test_what_to_type_for_this_python_depends_on_the_path(tmp_path, monkeypatch)
     python.parent.mkdir(parents=True)
     python.touch(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setenv("PATH", str(python.parent))
-    assert logger.command_for("train.py").startswith("python ")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert logger.command_for("train.py").startswith("'my venv/bin/python' /")
-    monkeypatch.chdir(ROOT)
-    assert logger.command_for("train.py", "--fresh") == f"'{python}' train.py --fresh"
+    for path, here, command in (
+        (python.parent, ROOT, "python train.py"),
+        (tmp_path, tmp_path, f"'my venv/bin/python' {shlex.quote(str(ROOT / 'train.py'))}"),
+        (tmp_path, ROOT, f"'{python}' train.py"),
+    ):
+        monkeypatch.setenv("PATH", str(path))
+        monkeypatch.chdir(here)
+        assert logger.command_for("train.py", "--fresh") == f"{command} --fresh"
 
 
 def test_a_newcomer_s_session_fits_into_80_columns_and_each_next_command_works(tmp_path):
@@ -219,9 +199,8 @@ def test_a_newcomer_s_session_fits_into_80_columns_and_each_next_command_works(t
     (tmp_path / "my novel.txt").write_text(TEXT, "utf-8")
     flags = " --max_iters 6 --eval_interval 3 --eval_iters 1 --log_interval 1 --block_size 8"
     flags += " --n_layer 1 --n_head 1 --n_embd 8 --device cpu"
-    environment = python("")[1] | {"PS1": "$ ", "OMP_NUM_THREADS": "1"}
-    where = {"env": environment, "cwd": str(tmp_path), "echo": False}
-    shell = pexpect.spawn("bash", ["--norc", "--noediting"], **where, **SIZE)
+    where = {"env": python("", PS1="$ ", OMP_NUM_THREADS="1")[1], "cwd": str(tmp_path)}
+    shell = pexpect.spawn("bash", ["--norc", "--noediting"], echo=False, **where, **SIZE)
 
     def typed(line, prompt="$ "):
         shell.sendline(line)
@@ -238,8 +217,8 @@ def test_a_newcomer_s_session_fits_into_80_columns_and_each_next_command_works(t
     lines, (generate, watch) = typed(train + flags)
     labels = ("preset", "device", "model", "data", "training", "optimizer", "done", "best")
     assert set(labels) <= {line[:11].strip() for line in lines}
-    assert any(re.match(r"step \d/6 .* left, loss \d", line) for line in lines)
-    assert any(re.match(r"step 6/6: loss .*, val loss", line) for line in lines)
+    for line in (r"step \d/6 .* left, loss \d", r"step 6/6: loss .*, val loss"):
+        assert any(re.match(line, shown) for shown in lines)
     assert watch.split()[-2:] == ["--logdir", "runs"] and Path(shlex.split(watch)[0]).name
     typed(f"{sys.executable} {ROOT / 'evaluate.py'}")
     typed(generate, "> ")

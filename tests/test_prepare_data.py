@@ -26,7 +26,7 @@ import files
 import logger
 import prepare_data
 import sources
-from data import TokenDataset, read_meta
+from data import TokenDataset
 from prepare_data import prepare_file
 from sources import END
 from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
@@ -48,6 +48,11 @@ def write(path, content):
     return path
 
 
+def read_meta(data_dir):
+    path = Path(data_dir, "meta.json")
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
 def read_back(data_dir):
     """The text of a data set, both splits together."""
     dataset = TokenDataset(data_dir)
@@ -61,8 +66,7 @@ def hashes(folder):
 
 def errors(capsys):
     """The messages of the `error: ` lines since the last time."""
-    lines = capsys.readouterr().err.splitlines()
-    return [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return re.findall(r"^error: (.*)$", capsys.readouterr().err, re.MULTILINE)
 
 
 def strays(folder):
@@ -80,9 +84,6 @@ def jsonl(*texts):
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-# ---------------------------------------------------------------- what is written
-
-
 def test_tiny_shakespeare_splits_into_1003854_and_111540_tokens(tmp_path, monkeypatch, capsys):
     """By a text of its length that is in data_dir already, as a download would leave it."""
     monkeypatch.chdir(tmp_path)
@@ -90,11 +91,8 @@ def test_tiny_shakespeare_splits_into_1003854_and_111540_tokens(tmp_path, monkey
     write(tmp_path / "data" / "shakespeare" / "input.txt", text[:1_115_394])
     assert prepare("--dataset", "shakespeare") == 0
     out = capsys.readouterr().out
-    assert "1,003,854" in out and "111,540" in out
+    assert "1,003,854" in out and "111,540" in out and "65 (char), 1.00 bytes a token" in out
     assert out.endswith(f" {logger.command_for('train.py')}\n")
-    meta = read_meta("data/shakespeare")
-    assert [meta["splits"][s]["tokens"] for s in ("train", "val")] == [1_003_854, 111_540]
-    assert meta["vocab_size"] == 65 and meta["tokenizer"]["kind"] == "char"
     char = load_tokenizer("data/shakespeare/tokenizer.json")
     assert char.decode(np.fromfile("data/shakespeare/train.bin", "<u2")) == text[:1_003_854]
 
@@ -114,11 +112,9 @@ def test_bytes_are_always_the_same_whatever_the_number_of_workers(
     texts = jsonl(*(nasty_text(seed, 50, "") for seed in range(100)))
     inputs = write(tmp_path / "a.txt", nasty_text(7, 9000, "")), write(tmp_path / "b.jsonl", texts)
     for workers in (1, 3):
-        data_dir = tmp_path / str(workers)
-        assert (
-            prepare("--input", *inputs, *flags, "--data_dir", data_dir, "--workers", workers) == 0
-        )
-        found = hashes(data_dir)
+        places = ("--data_dir", tmp_path / str(workers), "--workers", workers)
+        assert prepare("--input", *inputs, *flags, *places) == 0
+        found = hashes(tmp_path / str(workers))
         assert (found["train.bin"][:16], found["val.bin"][:16]) == (train, val)
 
 
@@ -138,9 +134,6 @@ def test_every_line_end_is_a_newline_and_bytes_count_those_on_disk(
     assert read_back(tmp_path / "d") == expected
     splits = read_meta(tmp_path / "d")["splits"]
     assert sum(split["bytes"] for split in splits.values()) == len(text.encode()) + 4
-
-
-# ---------------------------------------------------------------- pieces
 
 
 def cut(text, tokenizer):
@@ -168,10 +161,7 @@ def test_pieces_are_bounded_for_words_without_end_and_empty_documents(monkeypatc
     bpe = BPETokenizer.train("x", 257)
     assert [len(part) for part in cut("x" * 100, bpe) if part] == [30, 30, 30, 10]
     pieces = sources.pieces([("train", END)] * 25, bpe.safe_cut)
-    assert [len(piece) for piece in pieces] == [10, 10, 6]
-
-
-# ---------------------------------------------------------------- kinds of input
+    assert [len(piece) for piece in pieces] == [10, 10, 5]
 
 
 def test_folder_gz_md_and_jsonl_are_read_in_order(tmp_path):
@@ -203,7 +193,7 @@ def test_what_cannot_be_read_below_a_folder_is_an_error_that_names_it(tmp_path, 
         link.unlink()
 
     refused = PermissionError(13, "Permission denied", str(link.parent))
-    monkeypatch.setattr(os, "scandir", Mock(side_effect=refused))
+    monkeypatch.setattr(os, "listdir", Mock(side_effect=refused))
     assert prepare("--input", link.parent, "--data_dir", tmp_path / "d") == 2
     assert f"{link.parent}: Permission denied" in capfd.readouterr().err
 
@@ -230,29 +220,21 @@ def whole():
 
 BAD_TEXT = [  # name, content, flags, what the one line says
     ("a.jsonl", b'{"text": "ok"}\n{"text": oops}\n', [], 'line 2: not {"text": "..."} (Expecting'),
-    ("a.jsonl", b'{"text": "ok"}\n\n{"body": "x"}\n', [], 'a.jsonl, line 3: not {"text"'),
     ("a.jsonl", b"[" * 10**5, [], 'a.jsonl, line 1: not {"text"'),
     ("a.jsonl", b'{"text": "\\ud800"}\n', [], 'a.jsonl, line 1: not {"text"'),
     ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', [], "a.jsonl: byte 0xFF at offset 25"),
-    ("a.txt", b"caf\xe9 au lait", [], "a.txt: byte 0xE9 at offset 3"),
     ("a.txt", b"\xef\xbb\xbfcaf\xe9", [], "a.txt: byte 0xE9 at offset 6"),
-    ("a.txt", "half: 中".encode()[:-1], [], "a.txt: byte 0xE4 at offset 6"),
     ("a.txt", b"x" * 400_000 + b"\xff", [], "a.txt: byte 0xFF at offset 400000 is not UTF-8"),
     ("a.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-9], [], "a.txt.gz: not a whole gzip file"),
     ("a.txt.gz", b"", [], "a.txt.gz: not a whole gzip file (it is empty)"),
     ("a.txt", bytes(range(128, 256)) * 9, [], "at offset 0 is not UTF-8; convert it to UTF-8"),
-    ("a.txt", b"", [], "no text, 0 characters"),
     ("a.txt", " \n\t\u3000".encode(), [], "no text, 4 characters"),
     ("a.txt", b"x", [], "no text for train: --val_fraction 0.1"),
-    ("a.txt", b"x", ["--encoding", "klingon"], "--encoding klingon: unknown encoding"),
     ("a.txt", b"x", ["--encoding", "base64"], "--encoding base64: 'base64' is not a text"),
-    ("a.txt", STORY + "中", ["--tokenizer", "b.json"], "a.txt, position 2920: U+4E2D '中' is not"),
+    ("a.txt", STORY + "中", ["--tokenizer", "b.json"], "a.txt, position 2920: U+4E2D '中'"),
     ("a.png", b"x", [], "a.png: neither a file nor a folder of .txt"),
     ("a.parquet", lambda: whole()[:-100], [], "a.parquet: not a whole parquet file"),
-    ("a.parquet", lambda: whole()[:20] + bytes(60) + whole()[80:], [], "not a whole parquet file"),
-    ("a.parquet", b"<html>", [], "a.parquet: not a whole parquet file"),
     ("a.parquet", lambda: parquet([1, 2]), [], "it has {'url': 'string', 'text': 'int64'}"),
-    ("a.parquet", lambda: parquet([None, None]), [], "no column 'text' of strings"),
     ("a.parquet", lambda: parquet(["", None]), [], "no text for train"),
     ("a.parquet", lambda: parquet(["z" * 70_000_000], compression="zstd"), [], "rows of 70,000,"),
     ("a.parquet", whole, ["--val_fraction", "1e-9"], "no text for val: --val_fraction 1e-09"),
@@ -280,7 +262,6 @@ def test_bad_input_is_exit_2_and_the_earlier_data_set_stays(
         assert prepare("--data_dir", "new", "--input", name) == 2 and not Path("new").exists()
 
 
-JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n" * 9
 TAIWAN = "臺灣的天氣很熱，我們去海邊游泳吧。這個學校的學生說中文。\n" * 9
 FRENCH = "Je suis allé au café, mais il y avait trop de monde, ce qui me rend triste.\n" * 9
 
@@ -290,8 +271,6 @@ FRENCH = "Je suis allé au café, mais il y avait trop de monde, ce qui me rend 
     [
         (CHINESE, "gb18030", "gb18030"),
         (TAIWAN, "big5", "big5"),
-        (JAPANESE, "shift_jis", "cp932"),
-        (CHINESE, "utf_16", "utf_16"),
         (FRENCH, "utf_16_le", "utf_16_le"),
         (FRENCH, "latin_1", "cp1252"),
     ],
@@ -300,14 +279,13 @@ def test_an_encoding_is_named_with_the_command_that_reads_it(
     text, encoding, likely, tmp_path, capsys
 ):
     path = write(tmp_path / "my text.txt", (text * 5).encode(encoding))
-    data_dir = (*CHAR, "--data_dir", tmp_path / "d")
-    assert prepare("--input", path, *data_dir) == 2
-    (error,) = errors(capsys)
-    assert f"--input '{path}' --encoding {likely}`" in error
-    assert prepare("--input", path, "--encoding", likely, *data_dir) == 0
+    flags = ("--input", path, *CHAR, "--data_dir", tmp_path / "d")
+    assert prepare(*flags) == 2
+    assert f"--input '{path}' --encoding {likely}`" in errors(capsys)[0]
+    assert prepare(*flags, "--encoding", likely) == 0
     assert read_back(tmp_path / "d") == text * 5
     write(path, text.encode() + b"\xff" + text.encode())  # damaged, but UTF-8
-    assert prepare("--input", path, *data_dir, "--overwrite") == 2
+    assert prepare(*flags, "--overwrite") == 2
     (error,) = errors(capsys)
     assert "--encoding" not in error and "--errors replace" in error
 
@@ -324,27 +302,31 @@ def test_errors_replace_goes_on_and_counts(chunk, tmp_path, monkeypatch, capsys)
     assert read_back(tmp_path / "d") == raw.decode("utf-8", "replace") + "\ufffd!\ufffd"
 
 
-BOUNDED = """
-import logger, prepare_data, resource, sys
-base = int(open("/proc/self/status").read().split("VmSize:")[1].split()[0]) << 10
-resource.setrlimit(resource.RLIMIT_AS, (base + (900 << 20),) * 2)
-sys.exit(logger.run(prepare_data.main))
+# prepare_data.py, and at its end the most memory that it had
+MEASURED = """
+import logger, pathlib, prepare_data, sys
+code = logger.run(prepare_data.main)
+print(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+sys.exit(code)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+def measured(*flags):
+    """Exit code, peak memory in MB, and messages of a process."""
+    child = [sys.executable, "-c", MEASURED, *map(str, flags)]
+    done = subprocess.run(child, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, int(done.stdout.split()[-1]) / 1e3, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(
     "form, message", [("jsonl", "line 1: a document of more"), ("txt", "no te")]
 )
 def test_a_small_gz_of_endless_text_takes_no_memory(form, message, tmp_path):
     path = write(tmp_path / f"a.{form}.gz", gzip.compress(b" " * (1 << 20), 1) * 80)
-    flags = ["--input", path, *CHAR, "--data_dir", tmp_path / "d", "--workers", "1"]
-    child = [sys.executable, "-c", BOUNDED, *map(str, flags)]
-    done = subprocess.run(child, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and message in done.stderr, done.stderr[-2000:]
-
-
-# ---------------------------------------------------------------- again, and differently
+    flags = ("--input", path, *CHAR, "--data_dir", tmp_path / "d", "--workers", "1")
+    code, megabytes, err = measured(*flags)
+    assert code == 2 and message in err and megabytes < 300, (megabytes, err[-2000:])
 
 
 def test_a_text_that_is_written_to_while_it_is_read_is_refused(tmp_path, monkeypatch, capsys):
@@ -357,12 +339,11 @@ def test_a_text_that_is_written_to_while_it_is_read_is_refused(tmp_path, monkeyp
 def test_another_text_setting_or_second_process_is_refused_and_overwrite_replaces(tmp_path, capsys):
     text, data_dir = write(tmp_path / "a.txt", STORY), tmp_path / "d"
     flags, other = ("--input", text, "--data_dir", data_dir), (*BPE, "--val_fraction", 0.2)
-    seen = []
+    seen = set()
     for _ in range(2):  # the second time it is there, and nothing changes
         assert prepare(*flags, *CHAR) == 0
-        stamps = {path.name: path.stat().st_mtime_ns for path in data_dir.glob("[!.]*")}
-        seen.append((stamps, capsys.readouterr().out))
-    assert seen[0] == seen[1] and prepare_file(text, "char", data_dir) == read_meta(data_dir)
+        seen.add(((data_dir / "meta.json").stat().st_mtime_ns, capsys.readouterr().out))
+    assert len(seen) == 1 and prepare_file(text, "char", data_dir) == read_meta(data_dir)
     before = hashes(data_dir)
     assert prepare(*flags, *other) == 2
     (error,) = errors(capsys)
@@ -441,9 +422,6 @@ def test_killed_at_any_moment_a_data_set_is_whole_or_absent(tmp_path, form, firs
     assert n > 30
 
 
-# ---------------------------------------------------------------- flags
-
-
 @pytest.mark.parametrize(
     ("flags", "messages"),
     [
@@ -455,8 +433,6 @@ def test_killed_at_any_moment_a_data_set_is_whole_or_absent(tmp_path, form, firs
         (["--val_fraction", "0", "--workers", "0"], ["--val_fraction 0: must", "--workers 0"]),
         (["--tokenizer", "none.json"], ["none.json: neither char, bpe, gpt2 nor a file"]),
         (["--encoding", "big5"], ["--encoding is for the text files of --input"]),
-        (["--dataset", "openwebtext", "--name", "x"], ["only for fineweb"]),
-        (["--dataset", "fineweb", "--input", "a.parquet"], ["use --dataset custom"]),
         (["--dataset", "fineweb", "--tokenizer", "char"], ["use gpt2 or bpe"]),
         (["--adopt", "d", "--input", "a.txt"], ["no other flags"]),
         (["--adopt", "nowhere"], ["nowhere/train.bin: No such file"]),
@@ -470,8 +446,6 @@ def test_wrong_flags_are_exit_2_all_at_once(flags, messages, tmp_path, monkeypat
     assert os.listdir(tmp_path) == []
 
 
-# ---------------------------------------------------------------- the download
-
 PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50
 
 
@@ -484,7 +458,6 @@ PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50
         ({"status": 404, "body": b"no"}, "404"),
         (None, "refused"),
     ],
-    ids=["whole", "cut short", "another text", "404", "refused"],
 )
 def test_a_download_is_whole_and_made_once_or_says_why_and_the_bundled_text_is_used(
     answer, problem, tmp_path, monkeypatch, capsys, only_this_machine
@@ -508,8 +481,6 @@ def test_a_download_is_whole_and_made_once_or_says_why_and_the_bundled_text_is_u
         assert problem in line and "sonnets.txt" in line and "--overwrite" in line
 
 
-# ---------------------------------------------------------------- parquet and the hub
-
 REVISION = "5a1b" * 10
 
 
@@ -521,39 +492,37 @@ class Hub(http.server.BaseHTTPRequestHandler):
     repository, files, cut, asked, lost = "HuggingFaceFW/fineweb", {}, {}, [], ""
 
     def do_GET(self):
-        self.asked.append(f"{self.command} {self.path} {self.headers['Range']}")
+        self.asked.append(f"{self.command} {self.path}")
         path = urllib.parse.unquote(self.path.split("?")[0]).partition(self.repository)[2]
-        name, tree = path.removeprefix(f"/resolve/{REVISION}/"), f"/tree/{REVISION}/"
+        name, folder = path.removeprefix(f"/resolve/{REVISION}/"), f"/tree/{REVISION}/sample/10BT"
         if path == "":
             self.answer(json.dumps({"id": self.repository, "sha": REVISION}).encode())
-        elif path.startswith(tree):
-            self.answer(json.dumps(self.listing(path.removeprefix(tree) + "/")).encode())
+        elif path == folder:
+            within = [self.described(name) for name in self.files if name.startswith("sample/10BT")]
+            self.answer(json.dumps(within).encode())
         elif name not in self.files or name == self.lost:
             self.answer(b"", 404)
         else:
-            raw, wanted = self.files[name], re.match(r"bytes=(\d+)-$", self.headers["Range"] or "")
-            first = int(wanted[1]) if wanted else 0
+            raw, wanted = self.files[name], self.headers["Range"]  # bytes=123-
+            first = int(wanted[6:-1]) if wanted else 0
             headers = {"ETag": f'"{hashlib.sha256(raw).hexdigest()}"', "X-Repo-Commit": REVISION}
             headers["Content-Range"] = f"bytes {first}-{len(raw) - 1}/{len(raw)}"
             self.answer(raw[first:], 206 if wanted else 200, headers, name)
 
     do_HEAD = do_GET
 
-    def answer(self, raw, status=200, headers=(), name=None):
+    def described(self, name):
+        raw = self.files[name]
+        lfs = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 9}
+        return {"type": "file", "path": name, "size": len(raw), "oid": "0", "lfs": lfs}
+
+    def answer(self, raw, status=200, headers=None, name=None):
         self.send_response(status)
-        for key, value in {**dict(headers), "Content-Length": str(len(raw))}.items():
+        for key, value in {"Content-Length": str(len(raw)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(raw[: self.cut.pop(name, None)])
-
-    def listing(self, folder):
-        found = [{"type": "directory", "path": folder, "oid": "0"}]
-        for name, raw in self.files.items():
-            lfs = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 9}
-            file = {"type": "file", "path": name, "size": len(raw), "oid": "0", "lfs": lfs}
-            found += [file] if name.startswith(folder) else []
-        return found
 
     def log_message(self, *args):
         pass
@@ -593,11 +562,14 @@ def fineweb(n=60):
 FINEWEB = ("--dataset", "fineweb", *BPE, "--val_fraction", 0.2)
 
 
-def test_hub_documents_are_split_by_hash_each_with_its_end_of_text(serve, tmp_path):
-    files, texts = fineweb()
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_hub_documents_are_split_by_hash_also_when_cut_short_and_killed_half_way(
+    serve, tmp_path, capsys
+):
+    (files, texts), name = fineweb(150), "sample/10BT/001_00000.parquet"
     serve(files)
-    assert prepare(*FINEWEB, "--data_dir", tmp_path / "d") == 0
-    dataset, expected = TokenDataset(tmp_path / "d"), {"train": [], "val": []}
+    assert prepare(*FINEWEB, "--data_dir", tmp_path / "whole") == 0
+    dataset, expected = TokenDataset(tmp_path / "whole"), {"train": [], "val": []}
     for text in texts:
         first = hashlib.blake2b(text.encode(), digest_size=8).digest()[0]
         ids = [*dataset.tokenizer.encode(text), dataset.tokenizer.eot_id]
@@ -609,17 +581,6 @@ def test_hub_documents_are_split_by_hash_each_with_its_end_of_text(serve, tmp_pa
         {"name": name, "bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
         for name in (f"sample/10BT/00{i}_00000.parquet" for i in range(4))
     ]
-    serve({})  # which nobody asks any more
-    assert prepare(*FINEWEB, "--data_dir", tmp_path / "d") == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_hub_download_cut_short_and_killed_half_way_gives_the_undisturbed_data_set(
-    serve, tmp_path, capsys
-):
-    files, name = fineweb(150)[0], "sample/10BT/001_00000.parquet"
-    serve(files)
-    assert prepare(*FINEWEB, "--data_dir", tmp_path / "whole") == 0
     append = prepare_data.append
 
     def append_and_die(folder, state, *piece):
@@ -638,7 +599,7 @@ def test_hub_download_cut_short_and_killed_half_way_gives_the_undisturbed_data_s
         assert sum(asked.startswith("GET") and name in asked for asked in hub.asked) == 2
         hub.asked.clear()
         assert prepare(*flags, "--name", "sample-100BT") == 2
-        assert "unfinished data set of something else (name: sample-10BT" in errors(capsys)[0]
+        assert "is of something else (name: sample-10BT" in errors(capsys)[0]
         assert prepare(*flags) == 0 and "resuming" in capsys.readouterr().err
         assert hashes(data_dir) == hashes(tmp_path / "whole")
         assert not (data_dir / ".unfinished").exists()
@@ -647,18 +608,10 @@ def test_hub_download_cut_short_and_killed_half_way_gives_the_undisturbed_data_s
 
 def test_bad_input_progress_of_another_form_is_refused_by_name(tmp_path, capsys):
     write(tmp_path / "d" / ".unfinished" / "progress.json", '{"position": [1, 0]}')
-    source = write(tmp_path / "a.txt", STORY)
-    assert prepare("--input", source, "--data_dir", tmp_path / "d", *CHAR) == 2
+    flags = ("--input", write(tmp_path / "a.txt", STORY), "--data_dir", tmp_path / "d", *CHAR)
+    assert prepare(*flags) == 2
     (line,) = errors(capsys)
-    assert "progress.json: " in line and "delete" in line
-
-
-# prepare_data.py, and at its end the most memory that it had
-MEASURED = """
-import logger, pathlib, prepare_data
-assert logger.run(prepare_data.main) == 0
-print(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-"""
+    assert "progress.json: " in line and prepare(*flags, *line.split()[-1:]) == 0  # --overwrite
 
 
 @pytest.mark.slow
@@ -673,11 +626,9 @@ def test_a_gigabyte_of_parquet_takes_600_mb(tmp_path, gpt2_vocabulary):
         write(tmp_path / "in" / f"{i}.parquet", raw)
     for workers in "12":
         flags = ["--input", tmp_path / "in", "--workers", workers, "--data_dir", tmp_path / workers]
-        child = [sys.executable, "-c", MEASURED, *map(str, flags)]
-        done = subprocess.run(child, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True)
-        megabytes = int(done.stdout.split()[-1]) / 1e3
+        code, megabytes, err = measured(*flags)
         print(f"{workers} workers: peak memory {megabytes:.0f} MB")
-        assert megabytes < 600
+        assert code == 0 and megabytes < 600, err
     assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
 
 
@@ -703,7 +654,7 @@ def test_hub_problems_are_one_line_each_and_the_same_command_goes_on(
     flags, files = (*FINEWEB, "--data_dir", tmp_path / "d"), fineweb()[0]
     for hub, message in [
         ({"files": {}}, "no .parquet file in sample/10BT"),
-        ({"files": files, "lost": "sample/10BT/002_00000.parquet"}, "cannot be reached"),
+        ({"files": files, "lost": "sample/10BT/002_00000.parquet"}, "the transfer failed"),
     ]:
         serve(**hub)
         assert prepare(*flags) == 2
@@ -716,9 +667,6 @@ def test_hub_problems_are_one_line_each_and_the_same_command_goes_on(
     assert "pip install -r requirements-hub.txt" in errors(capsys)[0]
 
 
-# ---------------------------------------------------------------- from nanoGPT
-
-
 def test_adopted_tokens_are_a_data_set_and_stay_as_they_are(tmp_path, gpt2_vocabulary, capsys):
     """A folder as nanoGPT's prepare.py leaves it."""
     encoding, folder = tiktoken.get_encoding("gpt2"), tmp_path / "n"
@@ -729,19 +677,16 @@ def test_adopted_tokens_are_a_data_set_and_stay_as_they_are(tmp_path, gpt2_vocab
     before = hashes(folder)
     for name, content, message in [
         ("meta.pkl", b"cos\nsystem\n(S'touch canary'\ntR.", "meta.pkl: not gpt2's tokens"),
-        ("val.bin", b"", "val.bin: 0 bytes"),
         ("train.bin", b"123", "train.bin: 3 bytes are not tokens of 2 bytes each"),
     ]:
         write(shutil.copytree(folder, tmp_path / message[:5]) / name, content)
         assert prepare("--adopt", tmp_path / message[:5]) == 2 and message in errors(capsys)[0]
         assert read_meta(tmp_path / message[:5]) is None
-    assert prepare("--adopt", folder) == 0
-    assert capsys.readouterr().out.endswith(f" --data_dir {folder}\n")
-    dataset = TokenDataset(folder)
-    for split, text in texts.items():
-        assert dataset.tokenizer.decode(getattr(dataset, split)) == text
-        tokens, digest = len(getattr(dataset, split)), before[f"{split}.bin"]
-        assert dataset.meta["splits"][split] == {"tokens": tokens, "bytes": None, "sha256": digest}
-    assert before.items() <= hashes(folder).items()
-    before = hashes(folder)
-    assert prepare("--adopt", folder) == 0 and hashes(folder) == before
+    for _ in range(2):
+        assert prepare("--adopt", folder) == 0
+        assert capsys.readouterr().out.endswith(f" --data_dir {folder}\n")
+        dataset = TokenDataset(folder)
+        for split, text in texts.items():
+            assert dataset.tokenizer.decode(getattr(dataset, split)) == text
+            assert dataset.meta["splits"][split]["bytes"] is None
+        assert before.items() <= hashes(folder).items()

@@ -20,19 +20,21 @@ def model():
         for parameter in model.parameters():
             parameter.mul_(3).add_(torch.randn_like(parameter) * 0.05)
         model.lm_head.weight[7] = 0  # a row without a range
-    return model
+    threads = torch.get_num_threads()
+    yield model
+    torch.set_num_threads(threads)
 
 
-def layers_of(model, kind):
-    return [layer for layer in model.modules() if isinstance(layer, kind)]
+def count(model, kind):
+    return sum(isinstance(layer, kind) for layer in model.modules())
 
 
 @pytest.mark.filterwarnings("error")
 def test_int8_weights_predict_as_float32_does(model):
     plain = copy.deepcopy(model)
     quantize.to_int8(model)
-    assert len(layers_of(model, quantize.Int8Linear)) == 2 * 4 + 1  # the head too
-    assert not layers_of(model, torch.nn.Linear)
+    assert count(model, quantize.Int8Linear) == 2 * 4 + 1  # the head too
+    assert count(model, torch.nn.Linear) == 0
     idx = torch.randint(40, (8, 17))
     with torch.inference_mode():
         logits, loss = model(idx[:, :-1], idx[:, 1:])
@@ -48,10 +50,9 @@ def test_packed_weights_multiply_as_before(model):
     plain = copy.deepcopy(model).bfloat16()
     packed = copy.deepcopy(plain)
     quantize.pack_linears(packed, 3)
-    found = layers_of(packed, quantize.PackedLinear)
-    if not found:
+    if count(packed, torch.nn.Linear):
         pytest.skip("no oneDNN for bfloat16 on this CPU")
-    assert len(found) == 2 * 4 + 1
+    assert count(packed, quantize.PackedLinear) == 2 * 4 + 1
     for other, rows in ((model, 3), (plain, 1)):  # float32; one row
         quantize.pack_linears(other, rows)
         assert type(other.lm_head) is torch.nn.Linear
@@ -64,8 +65,7 @@ def test_packed_weights_multiply_as_before(model):
 
 @pytest.mark.parametrize("slow, chosen", [(2, 1), (1, 2)])
 def test_decoding_takes_as_many_threads_as_are_fastest(model, slow, chosen):
-    """Beside another program two may be slower than one; afterwards there are as many as before."""
-    used, before = [], torch.get_num_threads()
+    used = []
 
     def decode(idx):
         used.append(torch.get_num_threads())
@@ -74,27 +74,20 @@ def test_decoding_takes_as_many_threads_as_are_fastest(model, slow, chosen):
             raise KeyboardInterrupt
 
     torch.set_num_threads(2)
-    try:
-        timed = quantize.with_best_threads(quantize.to_int8(model), decode)
-        with pytest.raises(KeyboardInterrupt):
-            while True:
-                timed(None)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    timed = quantize.with_best_threads(quantize.to_int8(model), decode)
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            timed(None)
     trial = [2, 2, 1, 1]
-    assert used == trial + [chosen] * 60 + trial + [chosen] * 12
+    assert used == trial + [chosen] * 60 + trial + [chosen] * 12 and torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("make", [quantize.to_int8, torch.nn.Module.bfloat16])
 def test_the_number_of_threads_changes_no_number(model, make):
-    model, before, found = make(model), torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            cache = KVCache(model.config, 2, 16)
-            with torch.inference_mode():
-                found.append([model(torch.full((2, 1), i), cache=cache)[0] for i in range(16)])
-    finally:
-        torch.set_num_threads(before)
+    model, found = make(model), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        cache = KVCache(model.config, 2, 16)
+        with torch.inference_mode():
+            found.append([model(torch.full((2, 1), i), cache=cache)[0] for i in range(16)])
     assert all(map(torch.equal, *found))

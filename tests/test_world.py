@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_convert import numpy_example
+from test_huggingface import numpy_example
+from tokenizers import Tokenizer
 
 import checkpoint
 import evaluate
@@ -52,13 +53,9 @@ def export(request, tmp_path_factory, gpt2_vocabulary):
     torch.manual_seed(0)
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
     text = (ROOT / "data" / "sonnets.txt").read_text("utf-8")[:60000]
-    if kind == "char":
-        tokenizer = CharTokenizer.train(text)
-    elif kind == "bpe":
-        text += CHINESE * 300
-        tokenizer = BPETokenizer.train(text, 600)
-    else:
-        tokenizer = GPT2Tokenizer()
+    text += CHINESE * 300 if kind == "bpe" else ""
+    made = {"char": CharTokenizer.train, "bpe": lambda text: BPETokenizer.train(text, 600)}
+    tokenizer = made[kind](text) if kind in made else GPT2Tokenizer()
     model = GPT2(GPT2Config()) if kind == "124M" else trained(tokenizer, text)
     state = checkpoint.new_state(model.config, model.state_dict(), tokenizer)
     checkpoint.save(folder / "model.pt", state)
@@ -90,8 +87,6 @@ def test_ctranslate2(export, tmp_path, kind):
     ctranslate2 = pytest.importorskip("ctranslate2")
     if export.kind == "char":
         pytest.skip("char has no end of text, which CTranslate2 asks for")
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(export.folder / "tokenizer.json"))
     converter = ctranslate2.converters.TransformersConverter(str(export.folder))
     converter.convert(str(tmp_path / "ct2"), quantization=kind)
@@ -176,66 +171,51 @@ def test_numpy_alone(export):
 
 # ---------------------------------------------------------------- lm-evaluation-harness
 
-TASKS = {
-    "made_hellaswag": """
-output_type: multiple_choice
-doc_to_text: "{{ctx}}"
-doc_to_target: "{{label}}"
-doc_to_choice: "{{endings}}"
-metric_list: [{metric: acc}, {metric: acc_norm}]
-""",
-    "made_lambada": """
-output_type: loglikelihood
-doc_to_text: "{{text.rsplit(' ', 1)[0]}}"
-doc_to_target: "{{' ' + text.rsplit(' ', 1)[1]}}"
-metric_list: [{metric: acc}, {metric: perplexity}]
-""",
+CHOICE = {"output_type": "multiple_choice", "doc_to_text": "{{ctx}}", "doc_to_target": "{{label}}"}
+CHOICE |= {
+    "doc_to_choice": "{{endings}}",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
 }
+WORD = {"output_type": "loglikelihood", "doc_to_text": "{{text.rsplit(' ', 1)[0]}}"}
+WORD |= {"doc_to_target": "{{' ' + text.rsplit(' ', 1)[1]}}"}
+WORD |= {"metric_list": [{"metric": "acc"}, {"metric": "perplexity"}]}
+TASKS = {"hellaswag": CHOICE, "lambada": WORD}
 
 
 def made_examples(folder):
-    """100 examples of each kind from the sonnets, and the harness's task files for them."""
+    """Files of 100 examples of each kind from the sonnets, and the harness's tasks for them."""
     draw, rows = random.Random(0), {name: [] for name in TASKS}
     lines = (ROOT / "data" / "sonnets.txt").read_text("utf-8").split("\n")
-    lines = [line for line in lines if len(line.split()) > 5]
+    lines = [line.split() for line in lines if len(line.split()) > 5]
     for _ in range(100):
-        words = draw.choice(lines).split()
-        endings = [" ".join(draw.choice(lines).split()[-3:]) for _ in range(3)]
-        label = draw.randrange(4)
-        endings.insert(label, " ".join(words[-3:]))
-        row = {"ctx": " ".join(words[:-3]), "endings": endings, "label": label}
-        rows["made_hellaswag"].append(row)
-        rows["made_lambada"].append({"text": " ".join(draw.choice(lines).split())})
+        words, endings = draw.choice(lines), [draw.choice(lines)[-3:] for _ in range(3)]
+        endings.insert(label := draw.randrange(4), words[-3:])
+        endings = [" ".join(ending) for ending in endings]
+        rows["hellaswag"] += [{"ctx": " ".join(words[:-3]), "endings": endings, "label": label}]
+        rows["lambada"] += [{"text": " ".join(draw.choice(lines))}]
     for name, found in rows.items():
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in found))
-        data = f"task: {name}\ndataset_path: json\ntest_split: test\n"
-        data += f"dataset_kwargs: {{data_files: {{test: {path}}}}}\n"
-        (folder / f"{name}.yaml").write_text(data + TASKS[name])
+        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}}
+        yield {"task": f"made_{name}", "test_split": "test"} | data | TASKS[name]
 
 
 def test_lm_evaluation_harness(export, tmp_path, monkeypatch):
     """Its figures and ours on the same 200 examples; acc_norm is defined otherwise there."""
     lm_eval = pytest.importorskip("lm_eval")
-    from lm_eval.tasks import TaskManager
-
     if export.kind in ("124M", "char"):
         pytest.skip("random weights, or no end of text, which lm-eval asks for")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    made_examples(tmp_path)
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    theirs = lm_eval.simple_evaluate(
-        "hf", {"pretrained": str(export.folder), "dtype": "float32", "logits_cache": False},
-        tasks=list(TASKS),
-        task_manager=manager, device="cpu", batch_size=8, bootstrap_iters=0,
-    )  # fmt: skip
+    asked = {"pretrained": str(export.folder), "dtype": "float32", "logits_cache": False}
+    tasks, where = list(made_examples(tmp_path)), {"device": "cpu", "batch_size": 8}
+    theirs = lm_eval.simple_evaluate("hf", asked, tasks=tasks, bootstrap_iters=0, **where)
     model, tokenizer = load_model(export.checkpoint, "cpu", "float32")
-    options = evaluate.Options(device="cpu", batch_size=8)
-    for name, found in theirs["results"].items():
-        task, options.file = name.removeprefix("made_"), str(tmp_path / f"{name}.jsonl")
-        ours = evaluate.TASKS[task](model, tokenizer, options)
-        found = {key.partition(",")[0]: value for key, value in found.items()}
+    for name in TASKS:
+        found = theirs["results"][f"made_{name}"].items()
+        found = {key.partition(",")[0]: value for key, value in found}
+        options = evaluate.Options(file=str(tmp_path / f"{name}.jsonl"), **where)
+        ours = evaluate.TASKS[name](model, tokenizer, options)
         for metric in {"acc", "acc_norm", "perplexity"} & found.keys():
-            print(f"\n{task} {metric}, {export.kind}: {found[metric]:.4f} there,", end="")
+            print(f"\n{name} {metric}, {export.kind}: {found[metric]:.4f} there,", end="")
             print(f" {ours[metric]:.4f} here", end="")
             assert metric == "acc_norm" or math.isclose(found[metric], ours[metric], rel_tol=1e-3)
