@@ -27,12 +27,12 @@ from quantize import to_int8
 from tokenizer import load_tokenizer
 from utils import pick_device, pick_dtype
 
-FORMAT = 1  # raised when an older reader would misread a newer file
+FORMAT = 1  # incremented when an older reader would misread a newer file
 LATEST, PREVIOUS = "checkpoint.pt", "previous_checkpoint.pt"  # PREVIOUS: the latest before LATEST
 BEST, FINAL = "best_checkpoint.pt", "final_checkpoint.pt"  # lowest validation loss; end of a run
 EARLIER = "????-??-??_??-??-??*/*.pt*"  # runs that were set aside
 NUMBERED = "checkpoint_iter_{}.pt"  # every checkpoint_interval steps
-# what is kept for a weight; with Muon that is for the blocks' matrices, for others it is AdamW's
+# optimizer state per parameter; Muon's is for the blocks' matrices alone, the others have AdamW's
 OPTIMIZER_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"step", "momentum_buffer"}}
 ON_DISK = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 

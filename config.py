@@ -28,7 +28,7 @@ LR_SCHEDULES = {
 class GPT2Config:
     # model
     vocab_size: integer(1, 2**24) = 50257  # size of the vocabulary; set from the data set
-    block_size: integer(1, 2**20) = 1024  # longest context, in tokens
+    block_size: integer(1, 2**20) = 1024  # tokens in a window; learned positions end there
     n_layer: integer(1, 1000) = 12  # transformer blocks
     n_head: integer(1, 1000) = 12  # attention heads in a block
     n_embd: integer(1, 2**16) = 768  # channels
@@ -41,7 +41,7 @@ class GPT2Config:
     # batch
     batch_size: integer(1) = 12  # sequences in a micro-batch
     gradient_accumulation_steps: integer(1) = 40  # micro-batches in a step, over all processes
-    max_iters: integer(0) = 100000  # steps, an update of the weights each
+    max_iters: integer(0) = 100000  # optimizer steps
     # optimizer and schedule
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon on block matrices, AdamW on the rest
     learning_rate: number(above=0) = 6e-4  # peak learning rate
@@ -57,7 +57,7 @@ class GPT2Config:
     device: str | None = None  # cuda, cuda:1, mps or cpu; unset: the best available
     dtype: Dtype | None = None  # precision of the matrix products; unset: the best available
     compile: bool | None = None  # torch.compile; unset: on CUDA only
-    deterministic: bool = True  # the same run gives the same numbers; CUDA and --compile
+    deterministic: bool = True  # the same run, the same numbers; on CUDA and with --compile
     parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: replicated or sharded weights
     activation_checkpointing: bool = False  # recompute activations in the backward pass
     peer_timeout: number(above=0, most=1e9) = 600  # seconds to wait for another process
@@ -76,7 +76,7 @@ class GPT2Config:
     preset: str = "auto"  # sets what you did not: auto (fits device and data), none or a name
 
     def problems(self):
-        """Combinations of individually valid values that do not work together."""
+        """Conflicts between valid values, a line each; its --flags say which fields it is about."""
         if self.preset not in (names := ("auto", "none", *GPT2_CONFIGS)):
             yield f"--preset {self.preset}: must be one of {', '.join(names)}"
         if self.dtype == "float64" and str(self.device).startswith("mps"):
@@ -121,7 +121,7 @@ GPT2_CONFIGS = {
     | {"learning_rate": 5e-5, "lr_schedule": "linear"}
     | {"eval_interval": 50, "eval_iters": 50, "checkpoint_interval": 1000, "log_interval": 1},
 }
-# epochs after which a small text is overfitted (dropout delays it), least steps, least batch_size
+# auto: epochs until a small text overfits (dropout delays it), fewest steps, smallest batch_size
 FITTED = {"shakespeare-cpu": (10, 50, 4), "shakespeare-gpu": (40, 50, 4), "finetune": (3, 20, 1)}
 # the architecture: a run only resumes with the same values
 MODEL_FIELDS = ("block_size", "n_layer", "n_head", "n_embd", "bias", "position", "gelu")
@@ -171,20 +171,20 @@ def apply_preset(config: GPT2Config, values: dict, keep: set[str]) -> GPT2Config
 
 
 def auto_preset(
-    device_type, train_tokens, val_tokens, vocab_size, processes=1, block_size=None
+    device_type, train_tokens, val_tokens, vocab_size, processes=1, trained_block_size=None
 ) -> tuple[str, dict]:
     """The preset for a device and text: its name, and its values fitted to both and to processes.
-    block_size: that of a trained model, which is to be fine-tuned.
+    trained_block_size: that of a model to fine-tune.
     """
     on_gpu = device_type == "cuda"
-    name = "finetune" if block_size else "shakespeare-gpu" if on_gpu else "shakespeare-cpu"
+    name = "finetune" if trained_block_size else "shakespeare-gpu" if on_gpu else "shakespeare-cpu"
     if name == "shakespeare-gpu" and train_tokens >= 20_000_000:
         name = "gpt2"
     values = dict(GPT2_CONFIGS[name])
     batch_size, micro_batches = values["batch_size"], values["gradient_accumulation_steps"]
     if name in FITTED:
         epochs, least_steps, least_batch = FITTED[name]
-        most = block_size or values["block_size"]
+        most = trained_block_size or values["block_size"]
         values["block_size"] = block_size = max(1, min(most, train_tokens - 1, val_tokens - 1))
         sequences = batch_size * micro_batches  # in a step
         if not on_gpu:  # the logits of a micro-batch have at most 2**25 numbers

@@ -119,7 +119,7 @@ def to_gguf(spec, path, kind: str = "f32"):
     gguf = files.optional("gguf")
     model, tokenizer = checkpoint.build(*checkpoint.load_state(spec))
     config, types = model.config, gguf.TokenType
-    theirs = huggingface.tensors_to_hf(model.state_dict(), transposed=())  # (out, in), as ours is
+    theirs = huggingface.tensors_to_hf(config, model.state_dict(), transposed=())  # (out, in)
     if tokenizer is None or tokenizer.eot_id is None:
         raise ValueError("llama.cpp needs a bpe or gpt2 tokenizer with an end of text; use to_hf")
     if kind == "q8_0" and (size := config.n_embd) % 32:

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from files import open_file, read_bytes, read_json
 from tokenizer import load_tokenizer
 
-META_FORMAT = 1  # of meta.json; raised when an older reader would misread a newer data set
+META_FORMAT = 1  # of meta.json; incremented when an older reader would misread a newer data set
 TOKEN_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 AGAIN = "prepare the data set again with --overwrite"
 Count = Annotated[int, Field(ge=0, lt=2**60)]
@@ -134,9 +134,9 @@ def windows_at(tokens, starts, block_size, vocab_size=None):
 
 
 class Permutation:
-    """A seeded permutation of range(n) in O(sqrt(n)) memory. Numbers stand in rows and columns;
+    """A seeded permutation of range(n) in O(sqrt(n)) memory. Indices fill a grid row by row;
     each round rotates every column by a random amount, then every row: an unbalanced Feistel
-    network (Luby and Rackoff 1988). What lands beyond n is permuted again (Black, Rogaway 2002).
+    network (Luby and Rackoff 1988). An index beyond n is permuted again (Black and Rogaway 2002).
     """
 
     def __init__(self, n: int, generator: np.random.Generator):
@@ -148,9 +148,9 @@ class Permutation:
     def __call__(self, index: np.ndarray) -> np.ndarray:
         """Map indices (N,) to their shuffled positions (N,)."""
         row, column = np.divmod(index, self.columns)
-        for of_column, of_row in self.rotations:
-            row = (row + of_column[column]) % self.rows
-            column = (column + of_row[row]) % self.columns
+        for column_shifts, row_shifts in self.rotations:
+            row = (row + column_shifts[column]) % self.rows
+            column = (column + row_shifts[row]) % self.columns
         index = row * self.columns + column
         if (beyond := index >= self.n).any():
             index[beyond] = self(index[beyond])
@@ -173,7 +173,7 @@ class BatchSampler:
     vocab_size: int | None = None
 
     def __post_init__(self):
-        # the same for every epoch, whatever its offset
+        # as many as fit at the largest offset: the same for every epoch
         self.windows_per_epoch = max(1, len(self.tokens) // self.block_size - 1)
         slack = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
         self.max_offset = min(slack, self.block_size - 1)

@@ -73,7 +73,7 @@ def score_windows(model, ids, block_size: int, stride: int, batch_size: int) -> 
 
 def evaluate_split(model, tokenizer, options) -> dict:
     """Loss, perplexity and bits per byte of one split of a data set, over all whole windows."""
-    data_dir, split = options.data_dir or model.config.data_dir, options.split
+    data_dir, split = options.data_dir or model.config.data_dir, options.split or "val"
     if not (options.data_dir or Path(data_dir).resolve().is_relative_to(Path.cwd())):
         raise ValueError(f"the model names {data_dir}, outside this folder; allow it by --data_dir")
     dataset = TokenDataset(data_dir)
@@ -227,16 +227,21 @@ class Options(ModelOptions):
     json: bool = False  # print one JSON object a line for each task
     # of --task val
     data_dir: str | None = None  # data set; unset: what the model was trained on
-    split: Literal["train", "val"] = "val"  # which split
+    split: Literal["train", "val"] | None = None  # which split; unset: val
     # of --task perplexity
     stride: integer(1) | None = None  # step of the window; unset: half of it
 
     def problems(self):
+        for name, task in {"data_dir": "val", "split": "val", "stride": "perplexity"}.items():
+            if getattr(self, name) is not None and task not in self.task:
+                yield f"--{name}: for --task {task} only"
         readers = set(self.task) - {"val"}
         if self.file is None and "perplexity" in readers:
             yield "--task perplexity: name a text with --file"
         if self.file is not None and len(readers) != 1:
             yield "--file: name the one task that reads it with --task"
+        elif self.file is not None and not Path(self.file).is_file():
+            yield f"--file {self.file}: no such file"
 
 
 def print_result(result: dict, as_json: bool):

@@ -34,10 +34,9 @@ class WriteError(OSError):
 
 @contextlib.contextmanager
 def atomic_write(path, mode: str = "wb", keep=None):
-    """A file to write to, next to path, that replaces path when all of it is on disk: fsync,
-    rename, fsync of the folder; what was there gets the name `keep`, if given. Raises WriteError.
-    Mode "w" is UTF-8 with \\n at line ends; "folder" yields a new folder to fill, which may replace
-    an empty one.
+    """Yield a temporary file that replaces path once it is on disk: fsync, rename, fsync of the
+    folder. keep: a second name under which the old file stays. Raises WriteError. Mode "w" is
+    UTF-8 with \\n at line ends; "folder" yields a folder to fill, which may replace an empty one.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.tmp")
@@ -79,7 +78,7 @@ def _remove(path):
 
 @contextlib.contextmanager
 def writing(path):
-    """Whatever the system refuses in here is a WriteError that names path and the free space."""
+    """Turn an OSError in here into a WriteError that names path and the free space."""
     try:
         yield
     except OSError as error:

@@ -125,7 +125,7 @@ def batch_generate(
 
 
 def write_texts(path, texts) -> list[str]:
-    """Write texts to path as they come, whole or not at all; return them."""
+    """Write texts to path as they arrive, atomically; return them."""
     path, written = Path(os.path.realpath(path)), []  # a link stays a link
     if path.exists() and not path.is_file():
         raise ValueError(f"--output {path}: there is something else than a file")

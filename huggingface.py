@@ -14,7 +14,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 import files
-from config import GPT2_CONFIGS, GPT2Config, dtype_name
+from config import GPT2_CONFIGS, MODEL_FIELDS, GPT2Config, dtype_name
 from logger import log_row
 from options import problems
 from tokenizer import END_OF_TEXT, MOST_SPECIAL, GPT2Tokenizer, load_tokenizer
@@ -123,7 +123,8 @@ def tensors_from_hf(found: dict, transposed=TRANSPOSED) -> dict:
 def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer, card: str) -> list[str]:
     """Write a folder for transformers and whatever reads its format; returns the files' names."""
     safetensors, torch_files = map(files.optional, ("safetensors", "safetensors.torch"))
-    theirs, eot_id = tensors_to_hf(tensors), None if tokenizer is None else tokenizer.eot_id
+    theirs = tensors_to_hf(config, tensors)
+    eot_id = None if tokenizer is None else tokenizer.eot_id
     ends = {"bos_token_id": eot_id, "eos_token_id": eot_id}
     fields = config_to_hf(config) | {"dtype": dtype_name(tensors[EMBEDDING].dtype)} | ends
     fields |= {f"{part}_pdrop": config.dropout for part in ("attn", "embd", "resid")}
@@ -150,12 +151,13 @@ def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer, card: s
     return ["model.safetensors", *texts]
 
 
-def tensors_to_hf(tensors: dict, transposed=TRANSPOSED) -> dict:
+def tensors_to_hf(config: GPT2Config, tensors: dict, transposed=TRANSPOSED) -> dict:
     """Our tensors without the head, which is tied, and transposed where the names end so; missing
     biases are zeros. ValueError for what GPT-2 is not in other programs.
     """
-    if "transformer.wpe.weight" not in tensors:
-        raise ValueError("position rope or alibi: other programs' GPT-2 has learned positions only")
+    for name in set(MODEL_FIELDS) - {*SIZES, "bias", "gelu"}:  # which they have, too
+        if (value := getattr(config, name)) != GPT2_CONFIGS["gpt2"][name]:
+            raise ValueError(f"{name} {value}: other programs' GPT-2 has no such setting")
     found = {}
     for key, tensor in tensors.items():
         if key != HEAD:

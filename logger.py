@@ -238,20 +238,21 @@ class Record(TypedDict, extra_items=FiniteFloat | None):
 
 
 @contextlib.contextmanager
-def open_run(log_dir, checkpoint_dir, name: str | None, step: int, wanted: str | None = None):
-    """Hold a run's folder; yields its name and what was logged up to step, from where it goes on.
-    name: that of the run so far, None for a new run; wanted: what its user calls it. A folder is of
-    one checkpoint_dir: the run of a copied one goes on in a folder of its own.
+def open_run(log_dir, checkpoint_dir, name: str | None, step: int, run_name: str | None = None):
+    """Lock a run's folder; yield its name and the records up to step. name: the run to continue,
+    None for a new one; run_name: what its user calls it. A folder belongs to one checkpoint_dir:
+    a copied checkpoint_dir continues in a new folder.
     """
+    files.own_folder(log_dir, link=True)
     dated = Path(log_dir, time.strftime("%Y-%m-%d_%H-%M-%S"))
     before = folder = Path(log_dir, name) if name else files.free_name(dated)
     owner = here = os.path.realpath(checkpoint_dir)
     with contextlib.suppress(OSError, ValueError):
         owner = files.read_text(before / OWNER)
-    if wanted not in (None, name):
-        folder = Path(log_dir, wanted)
+    if run_name not in (None, name):
+        folder = Path(log_dir, run_name)
         if (folder / "metrics.jsonl").exists():
-            raise ValueError(f"--run_name {wanted}: {folder} holds a run; choose another name")
+            raise ValueError(f"--run_name {run_name}: {folder} holds a run; choose another name")
     elif owner != here:
         folder = files.free_name(dated)
     if name and folder != before:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import GPT2Config
 
-MAX_SCORES = 2**23  # plain attention stores about 6 bytes per score for backward
+MAX_SCORES = 2**23  # most that plain attention stores for backward, 6 bytes each
 
 
 class CausalSelfAttention(nn.Module):
@@ -44,11 +44,11 @@ class CausalSelfAttention(nn.Module):
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
-    """Scaled dot-product attention (B, H, T, D). In bf16 on a CPU plain products take half the time
-    of the fused kernel, and so serve T > 1 unless their scores (B, H, T, S) fill the memory.
+    """Scaled dot-product attention (B, H, T, D). In bf16 on a CPU plain matmuls take half the fused
+    kernel's time but store the scores (B, H, T, S): for T > 1 and at most MAX_SCORES.
     """
-    q, T, scores = q.to(k.dtype), q.shape[2], q[..., 0].numel() * k.shape[2]
-    if k.device.type == "cpu" and k.dtype == torch.bfloat16 and T > 1 and scores <= MAX_SCORES:
+    q, T, n_scores = q.to(k.dtype), q.shape[2], q[..., 0].numel() * k.shape[2]
+    if k.device.type == "cpu" and k.dtype == torch.bfloat16 and T > 1 and n_scores <= MAX_SCORES:
         return plain_attention(q, k, v, mask, dropout)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(k.dtype)
@@ -75,17 +75,19 @@ def attention_mask(config, positions, S):
     ALiBi a bias (B or 1, H, T, S) to add to the scores.
     """
     distance = positions[:, None, :, None] - torch.arange(S, device=positions.device)
-    return alibi_bias(distance, config.n_head) if config.position == "alibi" else distance >= 0
+    visible = distance >= 0
+    if config.position != "alibi":
+        return visible
+    return alibi_bias(distance, config.n_head).masked_fill(~visible, -math.inf)
 
 
 def alibi_bias(distance, n_head):
-    """ALiBi (Press et al. 2022): a penalty linear in distance (B or 1, 1, T, S), -inf below 0."""
+    """ALiBi (Press et al. 2022): a penalty (B or 1, H, T, S) linear in distance (.., 1, T, S)."""
     power = 2 ** math.floor(math.log2(n_head))
     head = torch.arange(n_head, device=distance.device)
-    # slopes 2^(-8/n), 2^(-16/n) ... for n a power of two; further heads: every second one for 2n
+    # slopes 2^(-8/n), 2^(-16/n) ... for n a power of two; any further heads: the odd ones for 2n
     exponent = torch.where(head < power, 8 * (head + 1), 4 * (2 * (head - power) + 1)) / power
-    bias = -(2.0**-exponent)[:, None, None] * distance  # (B or 1, H, T, S)
-    return bias.masked_fill(distance < 0, -math.inf)
+    return -(2.0**-exponent)[:, None, None] * distance
 
 
 def rotary_cos_sin(positions, head_size, dtype):
@@ -175,7 +177,7 @@ class GPT2(nn.Module):
             logits = self.lm_head(x)
         if targets is None:
             return logits, None
-        # detached: a compiled backward pass would add a gradient of zeros for them, (B, T, V)
+        # detached: a compiled backward pass would materialize a zero gradient (B, T, V)
         return logits.detach(), cross_entropy(logits, targets)
 
     def hidden(self, idx, cache=None):
@@ -183,12 +185,12 @@ class GPT2(nn.Module):
         config, T, limit = self.config, idx.shape[1], context_limit(self.config)
         mask = rotary = None
         if cache is not None:
-            positions, S, causal = cache.advance(T)  # (B or 1, T)
+            positions, S, needs_mask = cache.advance(T)  # (B or 1, T)
         elif limit is None or T <= limit:
-            positions, S, causal = torch.arange(T, device=idx.device)[None], T, True
+            positions, S, needs_mask = torch.arange(T, device=idx.device)[None], T, False
         else:
             raise ValueError(f"{T} tokens are more than block_size {limit}")
-        if config.position == "alibi" or not causal:
+        if config.position == "alibi" or needs_mask:
             mask = attention_mask(config, positions, S)
         x = self.transformer.wte(idx)  # (B, T, C)
         if config.position == "learned":
@@ -234,35 +236,37 @@ def context_limit(config: GPT2Config) -> int | None:
 
 
 def context_start(length: int, limit: int | None) -> int:
-    """First of `length` tokens that the model still sees when it predicts the next one. Beyond the
-    limit it keeps the last limit // 2 and grows until full, as sliding by one token would recompute
-    the cache for each. With limit 8: 0 up to length 8, 5 from 9 (keeps 4) to 13, 10 from 14.
+    """First of `length` tokens that the model sees when it predicts the next one. Past the limit
+    the context restarts at the last limit // 2 tokens and grows until full: sliding by one would
+    mean recomputing the cache each time. With limit 8: 0 up to length 8, 5 for 9 to 13, 10 from 14.
     """
     if limit is None or length <= limit:
         return 0
     half = max(1, limit // 2)
-    return length - half - (length - limit - 1) % (limit - half + 1)
+    period = limit - half + 1  # tokens between two restarts
+    return length - half - (length - limit - 1) % period
 
 
 class KVCache:
-    """Keys and values of the tokens that each row has seen; GPT2.forward fills it. Entries past a
-    row's length are ignored and later overwritten: set_lengths after right-padded prompts. Where
-    lengths differ rows are masked, on a GPU in shapes that a CUDA graph can keep.
+    """Keys and values of each row's current context; GPT2.forward fills it. Entries past a row's
+    length are ignored and later overwritten: call set_lengths after right-padded prompts. Rows of
+    unequal lengths are masked, on a GPU in shapes that a CUDA graph can keep.
     """
 
     def __init__(self, config: GPT2Config, batch_size: int, capacity: int, device=None, dtype=None):
         B, H, D = batch_size, config.n_head, config.n_embd // config.n_head
         self.kv = torch.zeros(config.n_layer, 2, B, H, capacity, D, device=device, dtype=dtype)
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
-        self.common_length = 0  # all rows' length, None if they may differ; a Python int: no sync
+        self.common_length = 0  # every row's length, None if they may differ; on the host: no sync
 
     def set_lengths(self, lengths: list[int]):
         self.lengths.copy_(torch.tensor(lengths))
         self.common_length = lengths[0] if len(set(lengths)) == 1 else None
 
     def advance(self, T: int):
-        """Reserve T more positions a row: these (B or 1, T), the number S of keys to attend to, and
-        whether no mask is needed (S == T, or T == 1 with equal lengths).
+        """Reserve T more positions per row, before each layer's update. Returns these (B or 1, T),
+        the number S of keys, and whether a mask is needed: not if S == T, nor for one token after
+        rows of equal length.
         """
         start, capacity = self.common_length, self.kv.shape[4]
         positions = torch.arange(T, device=self.kv.device)[None]  # (1, T)
@@ -275,7 +279,7 @@ class KVCache:
         assert self.S <= capacity, f"{self.S} tokens in a cache for {capacity}"
         self.positions = positions
         self.lengths += T
-        return positions, self.S, start == 0 or (start is not None and T == 1)
+        return positions, self.S, start is None or (start > 0 and T > 1)
 
     def update(self, layer: int, k, v):
         """Store a layer's new K and V (B, H, T, D); return all K and V so far, (B, H, S, D)."""

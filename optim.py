@@ -61,15 +61,15 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         """Update all groups; if self.found_inf is 1, nothing changes."""
-        everything = self.param_groups
-        for group in everything:
+        all_groups = self.param_groups
+        for group in all_groups:
             if group["muon"]:
                 self._muon_step(group)
-        self.param_groups = [group for group in everything if not group["muon"]]
+        self.param_groups = [group for group in all_groups if not group["muon"]]  # for AdamW
         try:
             return super().step(closure)
         finally:
-            self.param_groups = everything
+            self.param_groups = all_groups
 
     def _muon_step(self, group):
         found_inf, beta = getattr(self, "found_inf", None), group["betas"][0]
@@ -86,11 +86,11 @@ class Muon(torch.optim.AdamW):
             momentum.lerp_(grad, 1 - beta)
             updates.append(full_tensor(grad.lerp(momentum, beta)))  # Nesterov
         self._orthogonalize(updates)
-        keep = 1.0 if found_inf is None else 1.0 - found_inf.to(params[0].dtype)
-        torch._foreach_add_([self.state[p]["step"] for p in params], [keep] * len(params))
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * keep)
+        applied = 1.0 if found_inf is None else 1.0 - found_inf.to(params[0].dtype)
+        torch._foreach_add_([self.state[p]["step"] for p in params], [applied] * len(params))
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * applied)
         updates = [shard_like(p, update) for p, update in zip(params, updates, strict=True)]
-        torch._foreach_mul_(updates, -group["lr"] * keep)
+        torch._foreach_mul_(updates, -group["lr"] * applied)
         torch._foreach_add_(params, updates)
 
     def _orthogonalize(self, updates):

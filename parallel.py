@@ -95,7 +95,7 @@ def all_gather(items: list) -> list:
 
 
 def broadcast_from_rank0(function):
-    """What function returns, or raises, on rank 0; other ranks do not call it."""
+    """Call function on rank 0 alone; every rank returns its result or raises its exception."""
     answer = [None]
     if rank() == 0:
         try:
@@ -111,7 +111,7 @@ def broadcast_from_rank0(function):
 
 class StopSignals:
     """Remembers SIGINT or SIGTERM for the end of the step; a second one leaves at once. Under
-    torchrun not within two seconds: it forwards a Ctrl-C that its workers got from the terminal.
+    torchrun, which forwards a Ctrl-C that workers already have, one within two seconds is ignored.
     """
 
     def __init__(self, group=None):
@@ -159,7 +159,7 @@ def shard(model, device, dtype):
 
 
 def gradient_sync(forward, last: bool):
-    """Say before each micro-batch whether it is the last, with which gradients are all-reduced."""
+    """Call before each micro-batch: only the last one's backward all-reduces the gradients."""
     if isinstance(forward, DistributedDataParallel):
         forward.require_backward_grad_sync = last
     elif hasattr(forward, "set_requires_gradient_sync"):  # fsdp

@@ -65,9 +65,9 @@ def inverse_cdf(p, uniform):
     """Index (B,) where the cumulative sum of p (B, K) exceeds uniform (B,) * total; as p is sorted,
     CPU and GPU pick the same token apart from ties.
     """
-    passed = p.cumsum(dim=-1)  # (B, K)
-    target = uniform[:, None].to(p.dtype) * passed[:, -1:]  # (B, 1)
-    return ((passed[:, :-1] <= target) & (p[:, 1:] > 0)).sum(dim=-1)
+    cdf = p.cumsum(dim=-1)  # (B, K)
+    target = uniform[:, None].to(p.dtype) * cdf[:, -1:]  # (B, 1)
+    return ((cdf[:, :-1] <= target) & (p[:, 1:] > 0)).sum(dim=-1)
 
 
 def uniform_numbers(seed, samples, device):
@@ -95,18 +95,19 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
     ended, starts = [False] * len(tokens), [None] * len(tokens)
     new = cache = decode = None
     for step in range(sampling.max_new_tokens):
-        before, starts = starts, [context_start(len(row), limit) for row in tokens]
-        # rows whose context restarts: at first all, then those that outgrow block_size
-        fresh = [row for row, start in enumerate(starts) if start != before[row] or not use_cache]
-        windows = [tokens[row][starts[row] :] for row in fresh]
+        old_starts, starts = starts, [context_start(len(row), limit) for row in tokens]
+        # rows to prefill: all at first, then those whose context restarts at block_size
+        changed = [row for row, start in enumerate(starts) if start != old_starts[row]]
+        restarted = changed if use_cache else range(len(tokens))
+        windows = [tokens[row][starts[row] :] for row in restarted]
         if use_cache and step == 0:
             longest = max(map(len, windows)) + sampling.max_new_tokens - 1
             cache = new_cache(model, len(tokens), min(longest, limit or longest))
-        if len(fresh) == len(tokens):
+        if len(restarted) == len(tokens):
             logits = prefill(model, windows, cache)  # (B, V)
         else:
-            if fresh:
-                refill(model, windows, cache, fresh)
+            if restarted:
+                refill(model, windows, cache, restarted)
             decode = decode or make_decoder(model, new[:, None], cache)
             logits = decode(new[:, None])[:, -1]  # (B, V)
         if step == 0 and not logits.isfinite().all():
@@ -147,7 +148,7 @@ def prefill(model, windows, cache=None):
 
 
 def refill(model, windows, cache, rows):
-    """Prefill these rows again, but for the newest token, which the decode step adds."""
+    """Prefill these rows again, one token short: the next decode step adds every row's newest."""
     length = len(windows[0])  # that of all: context_start always restarts at half
     part = new_cache(model, len(rows), length)
     prefill(model, windows, part)
@@ -246,10 +247,10 @@ def generate_texts(model, tokenizer, prompts, sampling, batch_size=16, times=Non
             found.append(f"prompt {place}: {error}")
     if found:
         raise ValueError("\n".join(found))
-    work = [(prompt, sample) for prompt in prompts for sample in range(sampling.num_samples)]
+    work = [(prompt, number) for prompt in prompts for number in range(sampling.num_samples)]
     for start in range(0, len(work), batch_size):
-        some, samples = zip(*work[start : start + batch_size], strict=True)
-        pieces = stream_text(model, tokenizer, some, sampling, samples, times)
+        batch, samples = zip(*work[start : start + batch_size], strict=True)
+        pieces = stream_text(model, tokenizer, batch, sampling, samples, times)
         yield from map("".join, zip(*pieces, strict=True))
 
 

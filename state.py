@@ -26,14 +26,14 @@ class NonFiniteError(Exception):
 
 @dataclass
 class TrainState:
-    """Everything mutable in a run."""
+    """What changes in the course of a run."""
 
     model: GPT2  # the plain module, which holds the weights
     forward: torch.nn.Module  # the same model, possibly compiled and wrapped in DDP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # float16's loss scale; does nothing for other dtypes
     found_inf: "FoundInf"
-    step: int = 0  # updates made
+    step: int = 0  # steps made, skipped ones included
     best_val_loss: float | None = None
     run: str | None = None  # the name of its folder in log_dir
 
@@ -46,7 +46,8 @@ def build_state(config: GPT2Config, device, saved=None, initial=None) -> TrainSt
     """Model and optimizer on the device, sharded, compiled and replicated as config says; with the
     state of a checkpoint (saved), or with the weights of a trained model (initial).
     """
-    replicated, sharded = (world_size() > 1 and config.parallel == way for way in ("ddp", "fsdp"))
+    replicated = world_size() > 1 and config.parallel == "ddp"
+    sharded = world_size() > 1 and config.parallel == "fsdp"
     set_up_device(device, thrifty=sharded or config.activation_checkpointing)
     torch.manual_seed(config.seed)  # for initial weights
     model = GPT2(config).to(device, torch.float64 if config.dtype == "float64" else torch.float32)
@@ -81,8 +82,8 @@ def build_state(config: GPT2Config, device, saved=None, initial=None) -> TrainSt
 
 
 class FoundInf:
-    """Skips steps whose loss or gradients are not finite, and every step after more than `may_skip`
-    of them in a row. Counts on the device: the host waits for it only to read.
+    """Skips steps whose loss or gradients are not finite; after more than `may_skip` in a row all,
+    until raise_if_stuck. The count stays on the device, so that steps do not wait for it.
     """
 
     def __init__(self, device, may_skip: int):
@@ -98,8 +99,8 @@ class FoundInf:
         optimizer.found_inf = (~finite).float()
         return True
 
-    def read(self, step: int):
-        """NonFiniteError if more than may_skip of the steps before number `step` were skipped."""
+    def raise_if_stuck(self, step: int):
+        """NonFiniteError if more than may_skip steps in a row were skipped, up to number `step`."""
         if (over := int(self.skipped) - self.may_skip) > 0:
             where = f"step {step - over + 1}, which was not taken; the last checkpoint stays"
             remedy = "try a smaller --learning_rate, a longer --warmup_iters or --dtype float32"
@@ -108,14 +109,15 @@ class FoundInf:
 
 def save_state(state: TrainState, config: GPT2Config, dataset, names):
     """Rank 0 writes checkpoints with these names (checkpoint.LATEST ...); every rank must call."""
-    state.found_inf.read(state.step)  # raise, and do not save
+    state.found_inf.raise_if_stuck(state.step)  # save nothing then
     weights, optimizer_state = full_state(state.model, state.optimizer)
     if rank() > 0:
         return
     contents = {"format": checkpoint.FORMAT, "step": state.step}
     contents |= {"best_val_loss": state.best_val_loss, "model": weights}
     contents |= {"optimizer": optimizer_state, "scaler": state.scaler.state_dict()}
-    contents |= {"rng": {"torch": torch.get_rng_state()}, "config": to_dict(config)}
+    contents |= {"config": to_dict(config)}
+    contents |= {"rng": {"torch": torch.get_rng_state()}}  # for a look: each micro-batch seeds it
     contents |= {"tokenizer": dataset.tokenizer.to_dict(), "data_hash": dataset.hash}
     contents |= {"run": state.run}
     folder = Path(config.checkpoint_dir)

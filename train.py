@@ -1,5 +1,5 @@
 """Train GPT-2: a data set in, checkpoints and curves out. A killed run resumes where it stopped.
-The defaults below are GPT-2 124M's; where you set nothing, the preset (auto) fits device and text.
+The defaults in --help are GPT-2 124M's; what you do not set, preset auto fits to device and text.
 
     python train.py                       # what fits this machine and this text
     python train.py --data novel.txt --tokenizer char --prompt "It was"
@@ -68,7 +68,7 @@ def train(
     nothing; run_name names the run's folder in log_dir. All processes of torchrun call it alike.
     ValueError for user errors, CheckpointError, WriteError, NonFiniteError, Interrupted, PeerError.
     """
-    given, config, dataset, device, why = resolve(config)
+    to_save, config, dataset, device, why = resolve(config)
     if initial is not None:
         check_vocabulary(initial, dataset)
     with contextlib.ExitStack() as stack:
@@ -80,33 +80,34 @@ def train(
             signals = stack.enter_context(StopSignals(group))
             broadcast_from_rank0(lambda: stack.enter_context(lock(config.checkpoint_dir)))
         is_new = fresh or (eval_only and initial is not None)
-        saved = None if is_new else find_checkpoint(given, dataset, resume, rename=not eval_only)
+        saved = None if is_new else find_checkpoint(to_save, dataset, resume, rename=not eval_only)
 
-        # A batch follows from (seed, step, micro-step) alone: resuming needs the step, no more.
-        B, T, count = config.batch_size, config.block_size, config.gradient_accumulation_steps
-        ranks = rank(), world_size()
-        sampler = BatchSampler(dataset.train, T, B, count, config.seed, *ranks, config.vocab_size)
+        # a batch is a function of (seed, step, micro-step): no loader's state to restore
+        B, T = config.batch_size, config.block_size
+        micro_batches = config.gradient_accumulation_steps
+        where = {"rank": rank(), "world_size": world_size(), "vocab_size": config.vocab_size}
+        sampler = BatchSampler(dataset.train, T, B, micro_batches, config.seed, **where)
         state = build_state(config, device, saved, initial)
         del saved, initial  # free the loaded tensors
         describe_run(state, config, dataset, f"{device} ({why})")
         if eval_only:
             val_loss = estimate_loss(state.forward, dataset.val, config, device)
             return {"step": state.step, "val_loss": val_loss}
-        folders = config.log_dir, config.checkpoint_dir
-        run_log = logger.open_run(*folders, state.run, state.step, run_name)
-        state.run, records = broadcast_from_rank0(lambda: stack.enter_context(run_log))
+        names = config.log_dir, config.checkpoint_dir, state.run
+        folder = logger.open_run(*names, state.step, run_name)
+        state.run, records = broadcast_from_rank0(lambda: stack.enter_context(folder))
         if fresh:
             broadcast_from_rank0(lambda: checkpoint.set_aside(config.checkpoint_dir))
         log = logger.RunLog(Path(config.log_dir) / state.run, records, state.step, config.max_iters)
         if state.step == 0:
-            save_state(state, given, dataset, [checkpoint.LATEST])
+            save_state(state, to_save, dataset, [checkpoint.LATEST])
         finished = state.step >= config.max_iters or out_of_patience(log, config)
         if not finished:
             stack.enter_context(contextlib.closing(log))
-            log.start(settings.to_dict(given))
+            log.start(settings.to_dict(to_save))
 
         model, optimizer, scaler = state.model, state.optimizer, state.scaler
-        micro_steps, tokens = count // world_size(), B * T * count
+        micro_steps, tokens = micro_batches // world_size(), B * T * micro_batches
         peak = utils.peak_flops(device, config.dtype)
         since, since_step = time.perf_counter(), state.step
         while not finished:
@@ -145,7 +146,7 @@ def train(
             evaluate = finished or state.step % config.eval_interval == 0
             due, sample = [], None
             if evaluate or state.step % config.log_interval == 0:
-                state.found_inf.read(state.step)
+                state.found_inf.raise_if_stuck(state.step)
                 record = {"step": state.step, "loss": loss.item(), "lr": lr}
                 record["grad_norm"] = grad_norm.item()  # waits for the device, so before the clock
                 speed = (state.step - since_step) * tokens / (time.perf_counter() - since)
@@ -154,7 +155,7 @@ def train(
                 if evaluate:
                     val_loss = estimate_loss(state.forward, dataset.val, config, device)
                     record["val_loss"] = val_loss
-                    with autocast(device, config.dtype), deterministic(False):  # cumsum
+                    with autocast(device, config.dtype), deterministic(False):  # as CUDA's cumsum
                         sample = sample_text(model, dataset.tokenizer, "", 200, seed=config.seed)
                     best = math.inf if state.best_val_loss is None else state.best_val_loss
                     if val_loss < best:  # false for NaN
@@ -164,14 +165,14 @@ def train(
                 finished = finished or (evaluate and out_of_patience(log, config))
                 since, since_step = time.perf_counter(), state.step
 
-            # save, checkpoint.pt last: a run killed between two files repeats the step on resuming
+            # save, checkpoint.pt last: a run killed in between resumes from the one before
             signum = signals.received()
             if state.step % config.checkpoint_interval == 0:
                 due.append(checkpoint.NUMBERED)
             if finished:
                 due.append(checkpoint.FINAL)
             if due or evaluate or signum is not None:
-                save_state(state, given, dataset, [*due, checkpoint.LATEST])
+                save_state(state, to_save, dataset, [*due, checkpoint.LATEST])
                 since, since_step = time.perf_counter(), state.step
             if signum is not None and not finished:
                 where = f"{state.step} of {config.max_iters}; saved in {config.checkpoint_dir}"
@@ -220,19 +221,20 @@ def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device,
     """
     validate(config)
     logger.check_place()
-    steps, count = config.gradient_accumulation_steps, world_size()
-    if steps % count:
-        given = f"--gradient_accumulation_steps {steps}: not divisible by {count} processes"
-        raise ValueError(f"{given}; take {math.ceil(steps / count) * count}")
+    micro_batches, processes = config.gradient_accumulation_steps, world_size()
+    if micro_batches % processes:
+        wrong = f"--gradient_accumulation_steps {micro_batches}: not divisible by {processes}"
+        more = math.ceil(micro_batches / processes) * processes
+        raise ValueError(f"{wrong} processes; take {more}")
     device, why = pick_device(config.device)
     dataset = TokenDataset(config.data_dir)
     dataset.require(config.block_size)
-    given = replace(config, vocab_size=dataset.tokenizer.vocab_size)
+    to_save = replace(config, vocab_size=dataset.tokenizer.vocab_size)
     compiled = device.type == "cuda" if config.compile is None else config.compile
     dtype = config.dtype or utils.pick_dtype(device)
-    config = settings.derived(replace(given, device=str(device), dtype=dtype, compile=compiled))
+    config = settings.derived(replace(to_save, device=str(device), dtype=dtype, compile=compiled))
     validate(config)  # what the machine decided, too
-    return given, config, dataset, device, why
+    return to_save, config, dataset, device, why
 
 
 def describe_run(state, config, dataset, device):
@@ -322,7 +324,7 @@ def main(argv=None) -> int:
     config = with_preset(config, chosen, dataset, initial)
     if options.prompt is not None:  # fail now, not at the end of the run
         dataset.tokenizer.encode(options.prompt)
-    initial = [initial]  # popped by the call: no reference outlives it
+    initial = [initial]  # popped by the call, so that train can free the weights
     halve = f"halve --batch_size (now {config.batch_size}) and double"
     steps = f"--gradient_accumulation_steps (now {config.gradient_accumulation_steps})"
     try:
@@ -358,8 +360,8 @@ def parse_command_line(argv) -> tuple[TrainOptions, GPT2Config, set[str]]:
         unknown = [f"unknown setting {name}" for name in sorted(values.keys() - names)]
         found += [f"--config {options.config}: {problem}" for problem in unknown]
         config = replace(config, **{n: v for n, v in values.items() if n in names - given})
-        chosen |= values.keys() & names - {"vocab_size"}  # a run writes that of its data set
-    is_final = config.preset == "none"
+        chosen |= (values.keys() & names) - {"vocab_size"}  # a run writes that of its data set
+    is_final = config.preset == "none"  # else a preset may still change what is not chosen
     found += [p for p in problems(config) if is_final or named(p) <= chosen]
     validate(options, found)
     return options, config, chosen
@@ -394,11 +396,13 @@ def with_preset(config, chosen, dataset, initial=None) -> GPT2Config:
     values = GPT2_CONFIGS.get(config.preset, {})  # none is {}
     if config.preset == "auto":
         kind = pick_device(config.device)[0].type
-        text = kind, len(dataset.train), len(dataset.val), dataset.vocab_size
+        tokens, val_tokens = len(dataset.train), len(dataset.val)
         trained = None if initial is None else config.block_size
+        text = kind, tokens, val_tokens, dataset.vocab_size
         name, values = settings.auto_preset(*text, world_size(), trained)
-        keep = keep - ({"block_size"} - chosen)  # which auto fits to the text
-        log_row("preset", f"{name}, for {kind} and {text[1]:,} tokens (--preset overrides)")
+        if "block_size" not in chosen:
+            keep = keep - {"block_size"}  # auto fits it to the text
+        log_row("preset", f"{name}, for {kind} and {tokens:,} tokens (--preset overrides)")
     return settings.apply_preset(config, values, keep)
 
 

@@ -63,7 +63,7 @@ def autocast(device: torch.device, dtype: str):
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """tensor on the device, without waiting for what a GPU still has to do."""
+    """tensor on the device; on CUDA copied asynchronously, from pinned memory."""
     if device.type == "cuda":
         tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -92,9 +92,9 @@ def peak_mb(device: torch.device) -> float | None:
 
 
 def set_up_device(device: torch.device, thrifty: bool = False):
-    """CUDA: TF32 for float32 products; no cuDNN attention, which plans for each new length. CPU:
-    glibc's malloc keeps what large tensors free (mapping it anew is a third of a step of GPT-2
-    124M), unless thrifty, when a tensor of 1 MB or more is a mapping that goes with it.
+    """CUDA: TF32 for float32 matmuls; no cuDNN attention, which plans anew for each length. CPU:
+    malloc keeps freed memory, as returning it at each step costs a third of GPT-2 124M's training
+    time; thrifty: tensors of 1 MB or more are mapped and returned when freed.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -112,7 +112,7 @@ def set_up_device(device: torch.device, thrifty: bool = False):
 
 @contextlib.contextmanager
 def deterministic(on: bool = True):
-    """Whether kernels must give the same numbers in every run; RuntimeError where there is none."""
+    """Require deterministic kernels, or not; an operation without one raises RuntimeError."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
     torch.use_deterministic_algorithms(on)

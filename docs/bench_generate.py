@@ -117,7 +117,9 @@ def transformers_model(config):
     shape |= {"n_positions": config.block_size, "bos_token_id": None, "eos_token_id": None}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
     ours = our_model(replace(config, device="cpu", dtype="float32"), 1)
-    model.load_state_dict(tensors_to_hf(ours.state_dict()), strict=False)  # the head is tied
+    model.load_state_dict(
+        tensors_to_hf(ours.config, ours.state_dict()), strict=False
+    )  # the head is tied
     return model
 
 

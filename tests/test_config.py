@@ -73,7 +73,7 @@ def test_an_edited_default_wins_over_a_preset(monkeypatch):
 def test_presets_fit_the_splits_and_the_processes(device, train, val):
     for processes in (1, 2, 3):
         _, values = auto_preset(device, train, val, 65, processes)
-        name, tuned = auto_preset(device, train, val, 65, processes, block_size=1024)
+        name, tuned = auto_preset(device, train, val, 65, processes, trained_block_size=1024)
         for config in (apply_preset(GPT2Config(), v, set()) for v in (values, tuned)):
             assert problems(config) == [] and config.block_size + 1 <= min(train, val)
             assert config.gradient_accumulation_steps % processes == 0

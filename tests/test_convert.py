@@ -154,8 +154,8 @@ REFUSED = [  # what is said, tokenizer, settings, command and flags
     ("with an end of text", NO_END, {}, ["to_gguf"]),
     ("take --type f16", BPETokenizer(SYMBOLS), {"n_embd": 24}, ["to_gguf", "--type", "q8_0"]),
     ("--gelu: for from_nanogpt only", BPETokenizer(SYMBOLS), {}, ["to_gguf", "--gelu", "tanh"]),
-    ("position rope or", BPETokenizer(SYMBOLS), {"position": "rope"}, ["to_gguf"]),
-    ("position rope or alibi", BPETokenizer(SYMBOLS), {"position": "alibi"}, ["to_hf"]),
+    ("position rope: ", BPETokenizer(SYMBOLS), {"position": "rope"}, ["to_gguf"]),
+    ("position alibi: ", BPETokenizer(SYMBOLS), {"position": "alibi"}, ["to_hf"]),
 ]
 
 

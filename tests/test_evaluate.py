@@ -243,7 +243,7 @@ GOOD = json.dumps(EXAMPLE) + "\n"
     [
         ("--data_dir nowhere", None, "nowhere"),
         ("--task lambada hellaswag --file x", None, "--file: name the one task"),
-        ("--task lambada --file none.jsonl", None, "none.jsonl: No such file"),
+        ("--task lambada --file none.jsonl", None, "--file none.jsonl: no such file"),
         ("--task perplexity", None, "name a text with --file"),
         ("--block_size 16", None, "16 tokens are more than block_size 8"),
         ("--task perplexity --file x", b" \n", "x: no text"),

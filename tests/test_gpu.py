@@ -151,7 +151,7 @@ def test_a_poisoned_step_changes_neither_weights_nor_state(config, tmp_path, dty
     train(two)
     with pytest.MonkeyPatch.context() as patch:
         poisoned_at([2], patch.setattr)
-        patch.setattr(FoundInf, "read", Mock())  # which would end the run
+        patch.setattr(FoundInf, "raise_if_stuck", Mock())  # which would end the run
         train(replace(config, max_iters=3))
     ours, theirs = saved(config), saved(two)
     assert same(ours["model"], theirs["model"]) and same(ours["optimizer"], theirs["optimizer"])

@@ -15,7 +15,7 @@ ROW = re.compile(r"^\| (\w+)\.py \| (.*) \| ?(.*?) ?\|$", re.MULTILINE)
 ROWS = ROW.findall((ROOT / "CONTRIBUTING.md").read_text("utf-8"))
 MAY_IMPORT = {name: imports.split(", ") if imports else [] for name, _, imports in ROWS}
 SCRIPTS = [name for name, purpose, _ in ROWS if purpose.startswith("script: ")]
-EVENING = ("config", "model", "data", "optim", "train", "sampling", "generate")
+EVENING = ("config", "model", "data", "optim", "state", "train", "sampling", "generate")
 FILES = sorted(ROOT.glob("*.py"))
 TREES = {path.stem: ast.parse(path.read_text("utf-8")) for path in FILES}
 BY_NAME = pytest.mark.parametrize("name", TREES)
@@ -27,9 +27,9 @@ def lines(*paths):
 
 def test_the_code_can_be_read_in_an_evening():
     nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
-    ceilings = {  # a little above where the code stands: lower them as it shrinks
+    ceilings = {  # a percent above where the code stands: a feature may raise them, less is better
         "lines of a file": (max(map(lines, FILES)), 420),
-        "lines of the evening": (lines(*(ROOT / f"{name}.py" for name in EVENING)), 1760),
+        "lines of the evening": (lines(*(ROOT / f"{name}.py" for name in EVENING)), 1960),
         "lines": (lines(*FILES), 5660),
         "statements": (sum(isinstance(node, ast.stmt) for node in nodes), 4080),
         "functions": (sum(isinstance(node, ast.FunctionDef) for node in nodes), 340),
