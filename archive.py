@@ -97,7 +97,7 @@ def read_pickle(pickled: bytes, storages: dict, room: int):
                 (storage,), offset, shape, stride, *_ = taken[1]
                 stack.append(storage.as_strided(shape, stride, offset))
                 room -= stack[-1].nbytes
-            case "PROTO" | "STOP" | "BUILD":  # that puts the versions of modules into nanoGPT's
+            case "PROTO" | "STOP" | "BUILD":  # BUILD: the versions of modules in nanoGPT's
                 stack += taken[:1]
             case _:
                 raise ValueError("more than plain data, which might run code when opened")
@@ -107,7 +107,7 @@ def read_pickle(pickled: bytes, storages: dict, room: int):
 
 
 def _cost(value) -> int:
-    """Bytes of what is in one more place; ValueError for a container, unless it is Adam's betas."""
+    """Bytes that one more reference costs; ValueError for a container, except Adam's betas."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
     is_betas = isinstance(value, tuple) and [type(x) for x in value[:3]] == [float, float]

@@ -100,8 +100,8 @@ def save(path, state: dict):
 
 
 def load(path, check=None) -> dict:
-    """The checkpoint at path, every byte compared with its checksum, every value checked; by
-    `check`, if it is another program's. Raises CheckpointError, no other.
+    """Load a checkpoint: every byte is compared with its checksum, every value checked, for
+    another program's file by `check`. Raises CheckpointError only.
     """
     try:
         with files.open_file(path) as file:
@@ -159,7 +159,7 @@ def build_model(state: dict) -> GPT2:
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise ValueError(str(error).partition("\n")[2]) from None  # its first line only announces
+        raise ValueError(str(error).partition("\n")[2]) from None  # its first line is a heading
     if not torch.equal(tensors[HEAD].to(tensors[EMBEDDING]), tensors[EMBEDDING]):
         raise ValueError(f"{HEAD} differs from {EMBEDDING}: the head is not tied")
     model.lm_head.weight = model.transformer.wte.weight  # assigning has untied them
@@ -178,9 +178,9 @@ def _problems(error) -> list[str]:
 
 
 def latest(folder, rename: bool = True) -> tuple[Path, dict] | None:
-    """Path and state of a folder's newest intact checkpoint, None if it has no checkpoints. Newer
-    ones are warned of, and become NAME.damaged if asked. CheckpointError, if none is intact, names
-    all of them and touches none.
+    """Path and state of a folder's newest intact checkpoint, None if it has no checkpoints. Warns
+    of newer, damaged ones and, if asked, renames them to NAME.damaged. If none is intact, raises
+    CheckpointError naming all, and renames none.
     """
     damaged = {}
     for path in _newest_first(Path(folder)):

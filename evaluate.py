@@ -34,9 +34,9 @@ MOST_TEXT = 2 << 30  # bytes of a --file
 
 @torch.no_grad()
 def score(model, rows, batch_size: int) -> np.ndarray:
-    """(rows, 3) on every rank: for each row (ids, first) the nats of ids[first:] together, given
-    all before them, their number, and 1 if each is the most likely one. first is at least 1, the
-    model in eval mode. Ranks take batches in turn, the same ones for any number of ranks.
+    """Scores (rows, 3) on every rank: for each row (ids, first) the nats of ids[first:] in sum,
+    each given all before it, their number, and 1 if each is the most likely token. first >= 1, and
+    the model is in eval mode. Ranks take batches in turn, the same ones for any number of ranks.
     """
     scores = torch.zeros(len(rows), 3, dtype=torch.float64)
     with progress("scoring", len(rows), "rows") as advance:
@@ -188,8 +188,8 @@ def read_examples(task: str, schema, file: str | None) -> tuple[Path, list[dict]
 
 
 def score_endings(model, tokenizer, examples, batch_size: int) -> np.ndarray:
-    """What score says of the endings of each (context, endings), in equal number, encoded apart,
-    each after a space: (3, examples, endings). A context that is too long loses its beginning.
+    """score's columns for each (context, endings), equally many each: (3, examples, endings). An
+    ending is encoded apart, after a space. A context that is too long loses its beginning.
     """
     block_size, asked, cropped = model.config.block_size, [], 0
     for context, endings in examples:

@@ -57,7 +57,7 @@ def atomic_write(path, mode: str = "wb", keep=None):
             if keep is not None and path.exists():
                 Path(keep).unlink(missing_ok=True)
                 try:
-                    os.link(path, keep)  # at no moment there is no path
+                    os.link(path, keep)  # path exists at every moment
                 except OSError:  # a file system without hard links
                     os.replace(path, keep)
             if mode == "folder" and path.exists():
@@ -91,13 +91,13 @@ def writing(path):
 
 
 def open_to_append(path):
-    """A file of ours to add bytes to; OSError for a link or FIFO, which somebody else has made."""
+    """Open a file of ours to append bytes; OSError for a link or FIFO in its place."""
     careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     return open(path, "ab", opener=lambda path, flags: os.open(path, flags | careful, 0o666))
 
 
 def own_folder(path, link: bool = False) -> Path:
-    """Make a folder, unless it is there; ValueError for anything else, a link unless allowed."""
+    """Create a folder unless it exists; ValueError for anything else, a link unless allowed."""
     path = Path(path)
     if (path.exists() and not path.is_dir()) or (path.is_symlink() and not link):
         raise ValueError(f"{path} is not a folder of its own; move it away, or name another")
@@ -107,7 +107,7 @@ def own_folder(path, link: bool = False) -> Path:
 
 
 def free_name(path) -> Path:
-    """path, with underscores at its end until nothing has that name."""
+    """path, with underscores appended until nothing has that name."""
     path = Path(path)
     while os.path.lexists(path):
         path = path.with_name(f"{path.name}_")
@@ -125,7 +125,7 @@ def fsync_folder(folder):
 
 
 def clean(folder, pattern: str = ".*.tmp"):
-    """Remove what killed writes left; for the process that holds the folder's lock."""
+    """Remove what killed writes left; call it while holding the folder's lock."""
     for path in Path(folder).glob(pattern):
         _remove(path)
 
@@ -134,7 +134,7 @@ def clean(folder, pattern: str = ".*.tmp"):
 
 
 def open_file(path, most: float = float("inf")):
-    """Somebody else's file, to read bytes. ValueError: a FIFO or device, more than `most` bytes."""
+    """Open an untrusted file to read bytes; ValueError for a FIFO, a device, over `most` bytes."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
         raise ValueError(f"{path}: not a regular file")
@@ -144,7 +144,7 @@ def open_file(path, most: float = float("inf")):
 
 
 def read_bytes(path, most: int = MOST_JSON) -> bytes:
-    """What open_file opens, as large as it is now: a file in /proc is empty, or has no end."""
+    """An untrusted file's bytes, as many as its size says: one in /proc may never end."""
     with open_file(path, most) as file:
         return file.read(os.fstat(file.fileno()).st_size)
 
@@ -163,12 +163,12 @@ def unix_lines(text: str) -> str:
 
 
 def read_json(path, schema=dict):
-    """The JSON of a file, checked against a type; ValueError naming the file and the field."""
+    """A file's JSON, validated against a type; ValueError naming file and field."""
     return check_json(read_bytes(path).removeprefix(b"\xef\xbb\xbf"), schema, path)
 
 
 def check_json(content, schema, name=""):
-    """JSON, as text or read, as a value of a type; ValueError with one line: name, field, why."""
+    """JSON text or a parsed value, validated against a type; ValueError: name, field, reason."""
     adapter, is_text = _adapter(schema), isinstance(content, (str, bytes))
     try:
         return (adapter.validate_json if is_text else adapter.validate_python)(content, strict=True)
@@ -186,8 +186,8 @@ _adapter = functools.cache(TypeAdapter)  # slow to make
 
 @contextlib.contextmanager
 def lock(folder):
-    """Hold folder, as long as this process lives, and remove what killed writes left in it;
-    ValueError naming the holder while another process has it.
+    """Lock folder for the life of this process, and remove what killed writes left in it;
+    ValueError naming the holder if another process has it.
     """
     folder = own_folder(folder, link=True)
     note, held = folder / ".lock_holder", filelock.FileLock(folder / ".lock")  # follows no link
@@ -214,7 +214,7 @@ def lock(folder):
 
 
 def in_thread(function, *arguments) -> Future:
-    """What function returns, from a thread that no Ctrl-C and no error has to wait for."""
+    """A Future of function, in a daemon thread: neither Ctrl-C nor an error waits for it."""
     future = Future()
 
     def work():
@@ -228,7 +228,7 @@ def in_thread(function, *arguments) -> Future:
 
 
 def download(address: str, sha256: str, path):
-    """Put what is at address at path, whole or not at all. Raises ValueError (why), WriteError."""
+    """Download address to path atomically. Raises ValueError with the reason, WriteError."""
     import requests  # takes a tenth of a second
 
     for attempt in range(TRIES):
@@ -249,7 +249,7 @@ def download(address: str, sha256: str, path):
 
 
 def optional(package: str, requirements: str = "requirements-hub.txt"):
-    """A module of a requirements file; ValueError with the pip command if it is missing."""
+    """Import a package of a requirements file; ValueError with the pip command without it."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -258,7 +258,7 @@ def optional(package: str, requirements: str = "requirements-hub.txt"):
 
 @contextlib.contextmanager
 def hub(repository: str, again: str):
-    """The huggingface_hub package; its errors are a line here, with the command to run `again`."""
+    """Yield huggingface_hub; its errors become one-line ValueErrors. again: what to run then."""
     library, errors = optional("huggingface_hub"), optional("huggingface_hub.errors")
     try:
         yield library

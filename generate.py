@@ -35,7 +35,7 @@ class Options(Sampling, ModelOptions):
     # what to continue, and where the text goes
     prompt: str = ""  # text to continue
     interactive: bool = False  # continue what is typed
-    prompts_file: str | None = None  # a prompt a line, blank ones skipped
+    prompts_file: str | None = None  # one prompt per line, blank lines skipped
     output: str | None = None  # write the texts here, not to stdout
     stats: bool = False  # say how fast it was, and how much memory it took
 
@@ -57,7 +57,7 @@ def main(argv=None) -> int:
     if path is not None:
         prompts = [line for line in unix_lines(read_text(path)).split("\n") if line.strip()]
     if not prompts:
-        raise ValueError(f"--prompts_file {path}: holds no prompt; it needs one a line")
+        raise ValueError(f"--prompts_file {path}: holds no prompt; it needs one per line")
     with out_of_memory(
         "fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
     ):
@@ -112,8 +112,8 @@ def batch_generate(
 ) -> list[str]:
     """Continue many prompts, batch_size at a time; write the texts to output_file if given.
 
-    settings: fields of Sampling. Returns each prompt and its continuation, num_samples times, as if
-    alone. Raises ValueError for settings out of range, CheckpointError, WriteError.
+    settings: fields of Sampling. Returns each prompt with its continuation, num_samples times, as
+    if alone. Raises ValueError for settings out of range, CheckpointError, WriteError.
     """
     sampling = Sampling(**settings)
     validate(sampling)
@@ -150,7 +150,7 @@ gives two texts. A line that ends in \\ goes on in the next one. Ctrl-C ends a t
 
 
 def interact(model, tokenizer, sampling):
-    """Continue every line of stdin until its end; Ctrl-C ends a text, at the prompt it quits."""
+    """Continue each line of stdin by itself, with the next seed; Ctrl-C ends a text, or quits."""
     log_row("how", "type a line, the model continues it; /help for more, Ctrl-D leaves")
     with contextlib.suppress(ImportError):  # not available on Windows
         import readline  # noqa: F401  (input() then edits the line and knows the earlier ones)

@@ -37,7 +37,7 @@ REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"  # org/name
 
 
 def hub_name(spec: str) -> str | None:
-    """The repository that a name stands for; None for what can only be a local path."""
+    """The hub's repository for a name; None for what can only be a local path."""
     is_path = spec.endswith(".pt") or Path(spec.partition("/")[0]).is_dir()
     is_repo = not is_path and re.fullmatch(REPOSITORY, spec)
     return HUB_NAMES.get(spec, spec if is_repo else None)
@@ -96,7 +96,7 @@ def config_from_hf(found: dict, name: str) -> GPT2Config:
 
 
 def config_to_hf(config: GPT2Config) -> dict:
-    """What config.json has to say, if it says it; reorder_and_upcast_attn only rounds."""
+    """The fields that config.json must agree with; reorder_and_upcast_attn only rounds."""
     return {theirs: getattr(config, ours) for ours, theirs in SIZES.items()} | {
         "model_type": "gpt2",
         "activation_function": "gelu" if config.gelu == "exact" else "gelu_new",

@@ -43,7 +43,7 @@ class _Console(Console):
         columns, rows = super().size
         return ConsoleDimensions(columns - 2, rows)
 
-    def on_broken_pipe(self):  # rich would end the program; its work continues, unheard
+    def on_broken_pipe(self):  # rich would exit; the work goes on without output
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
@@ -63,7 +63,7 @@ def world_size() -> int:
 
 
 def check_place():
-    """ValueError if torchrun's variables are set, but not by torchrun; they are dropped."""
+    """ValueError if torchrun's variables are set, but not by torchrun; unsets them."""
     names = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
     if names and "TORCHELASTIC_RUN_ID" not in os.environ:
         shown = " ".join(f"{name}={os.environ.pop(name)[:60]}" for name in names)
@@ -74,7 +74,7 @@ def check_place():
 
 
 def log(text="", label="", style="", console=stderr, fold=True, every_rank=False):
-    """A message of rank 0 after a styled label; on a terminal it is folded, but no `command` is."""
+    """Rank 0's message after a styled label; wrapped on a terminal, but never in a `command`."""
     if rank() > 0 and not every_rank:
         return
     lines = visible(text).split("\n")
@@ -93,22 +93,22 @@ def log_row(label: str, text: str, style: str = "dim", console=stderr):
 
 
 def log_next(*commands: str, console=stderr):
-    """Say what to type next, a command a line, never folded: it is there to be pasted."""
+    """Log the next commands to type, one per line and never wrapped, ready to paste."""
     log("\n".join(commands), f"{'next':<10} ", "dim", console, fold=False)
 
 
 def warn(message: str):
-    """A message about what may not be as it should."""
+    """Log a warning."""
     log(message, "warning: ", "yellow")
 
 
 def visible(text: str) -> str:
-    """text with what would steer a terminal spelt out: \\x1b."""
+    """text with terminal control characters escaped: \\x1b."""
     return text.translate(ESCAPES)
 
 
 def show(text: str, style: str = ""):
-    """text on stdout at once; a terminal gets its control characters spelt out."""
+    """Write text to stdout at once; on a terminal with control characters escaped."""
     if style and stdout.is_terminal:
         stdout.print(Text(visible(text), style), end="", soft_wrap=True)
     else:
@@ -116,18 +116,18 @@ def show(text: str, style: str = ""):
 
 
 def command_for(script: str, *words) -> str:
-    """The line that runs one of our scripts from the current folder with this very Python."""
+    """The command that runs one of our scripts from the current folder with this Python."""
     return quoted(from_here(sys.executable), from_here(Path(__file__).with_name(script)), *words)
 
 
 def quoted(*words) -> str:
-    """Words as a line for the shell of this system."""
+    """Words as a command line, quoted for this system's shell."""
     words = [str(word) for word in words]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def from_here(path):
-    """path as it is typed: relative to this folder, or only its name if the shell finds it."""
+    """path as typed: relative to the current folder, or its name alone if that is on PATH."""
     path, here = Path(path), Path.cwd()
     if shutil.which(path.name) == str(path) or not path.exists():
         return path.name.removesuffix(".exe")
@@ -149,7 +149,7 @@ def perplexity(loss: float) -> float:
 
 @contextlib.contextmanager
 def progress(label: str, total: int | None, unit: str, done: int = 0):
-    """Yield a function to be told how much more is done: a live line, or one every LINE_SECONDS."""
+    """Yield a function to report progress to: a live line, or a line every LINE_SECONDS."""
     label, shown = visible(label), time.monotonic()
     name = TextColumn("{task.description}", markup=False)  # a file may be called [x]
     count = "{task.completed:,.0f}" + (" / {task.total:,.0f}" if total else "") + f" {unit}"
@@ -308,7 +308,7 @@ class RunLog:
         self.started = time.perf_counter()
 
     def _event(self, step, **content):
-        """Write it here: the thread of TensorBoard's own writer does not survive a full disk."""
+        """Written here because the thread of TensorBoard's own writer dies on a full disk."""
         from tensorboard.compat.proto.event_pb2 import Event  # slow to import
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -349,12 +349,12 @@ class RunLog:
                     file.flush()
 
     def val_losses(self, step=math.inf) -> list[float]:
-        """Those of all evaluations up to step; infinite if one was not finite."""
+        """Validation losses up to step; infinite where one was not finite."""
         records = [r for r in self.records if "val_loss" in r and r["step"] <= step]
         return [math.inf if r["val_loss"] is None else r["val_loss"] for r in records]
 
     def _show(self, record, step_seconds):
-        """The live line, or a plain one; an evaluation's stays on a terminal too."""
+        """Update the live line, or log a plain one; an evaluation's stays on a terminal, too."""
         step, loss = f"step {record['step']}/{self.total}: ", f"loss {record['loss']:.4f}"
         rate, speed = f"lr {record['lr']:.2e}", f"{record['tokens_per_second']:,.0f} tok/s"
         steps = self.total - record["step"]
@@ -372,5 +372,5 @@ class RunLog:
     def close(self):
         self.bar.stop()
         for file in self.files:
-            with contextlib.suppress(OSError):  # it has no room for what a failed write has left
+            with contextlib.suppress(OSError):  # no room for what a failed write left in the buffer
                 file.close()

@@ -36,13 +36,13 @@ FolderName = Annotated[str, Field(pattern=r"^\w[\w.\-]{0,127}$")]  # no path
 
 
 def validate(options, found=()):
-    """Give every field its proper type; ValueError with a line for each problem, also of found."""
+    """Coerce the fields in place; ValueError with a line per problem, those in found included."""
     if found := problems(options, found):
         raise ValueError("\n".join(found))
 
 
 def problems(options, found=()) -> list[str]:
-    """found, a line for each other wrong value, and what the dataclass itself says of the rest."""
+    """All problems, a line each: found, values that do not fit, conflicts between the others."""
     cls, found = type(options), list(found)
     values, wrong = typed(cls, vars(options), strict=True)
     vars(options).update(values)
@@ -53,13 +53,13 @@ def problems(options, found=()) -> list[str]:
 
 
 def named(*lines: str) -> set[str]:
-    """The fields that lines are about: their flags, or the positional argument at the start."""
+    """The names of the fields in lines: of their flags, or of a leading positional argument."""
     return {name for line in lines for name in re.findall(r"(?:^|--)(\w+)", line)}
 
 
 def typed(cls, values: dict, strict: bool = False) -> tuple[dict, list[str]]:
-    """The values that fit cls's fields, in their proper types, and a line for each other one.
-    They are texts from the command line; where strict, what Python or JSON made of them.
+    """Values coerced to the types of cls's fields, and a line for each that does not fit. They are
+    strings from the command line; if strict, values from Python or JSON.
     """
     good, found = {}, []
     for name, hint in get_type_hints(cls, include_extras=True).items():
@@ -80,7 +80,7 @@ def typed(cls, values: dict, strict: bool = False) -> tuple[dict, list[str]]:
 
 
 def reason(error: dict) -> str:
-    """What one of pydantic's errors says, in our words and without its field."""
+    """One of pydantic's errors in our words, without its field."""
     message = error["msg"].split(", unable to")[0].removeprefix("Value error, ")
     message = re.sub("^(Input|String) should", "must", message)
     message = message.replace("greater than or equal to", "at least")
@@ -149,7 +149,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _details(name, hint) -> dict:
-    """How many values argparse takes for a field, and how --help calls them."""
+    """argparse's keyword arguments for a field's type."""
     choices = get_args(hint)
     if type(None) in choices:
         return _details(name, choices[0])

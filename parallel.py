@@ -24,9 +24,9 @@ class PeerError(Exception):
 
 @contextlib.contextmanager
 def process_group(device: torch.device, timeout: float = 600, alike: dict | None = None):
-    """Join the other processes that torchrun started, if any; PeerError, with the ranks, if any
-    dies or does not respond within timeout seconds, ValueError if `alike` is another in any. Yields
-    a gloo group for agreeing on the host: NCCL waits longer, as its timeout kills without an error.
+    """Join the processes that torchrun started. PeerError, naming the ranks, if one dies or does
+    not answer within timeout seconds; ValueError if `alike` differs between ranks. Yields a gloo
+    group for agreement on the host; NCCL's timeout is longer, as at it NCCL kills the process.
     """
     if world_size() == 1 or dist.is_initialized():
         yield None
@@ -52,8 +52,8 @@ def process_group(device: torch.device, timeout: float = 600, alike: dict | None
 
 
 def _store_of_this_start(store, timeout):
-    """A prefix of torchrun's store, which after a restart still holds the dead workers' addresses:
-    how many workers were ever started, as soon as all of this start have seen the same number.
+    """torchrun's store under a prefix of this start's own, as after a restart it still holds dead
+    workers' addresses: the number of workers ever started, once all have read the same.
     """
     store.add("started", 1)
     seen, until = 0, time.monotonic() + timeout

@@ -43,7 +43,7 @@ def sample(logits, uniform, sampling):
 
 def logits_to_probs(logits, sampling):
     """Probabilities, descending, and the ids of their tokens: (B, K) each, from logits (B, V).
-    top_p (Holtzman et al. 2020) keeps the fewest that add up to it, the others get 0.
+    top_p keeps the fewest that add up to it (Holtzman et al. 2020); the others get 0.
     """
     if sampling.temperature < 1e-6:  # the likeliest alone
         ids = logits.argmax(dim=-1, keepdim=True)
@@ -71,7 +71,7 @@ def inverse_cdf(p, uniform):
 
 
 def uniform_numbers(seed, samples, device):
-    """Endlessly, a number in [0, 1) for each row (B,): whatever the batch or device, the same."""
+    """Endlessly, a number in [0, 1) per row (B,), the same in any batch and on any device."""
     generators = [torch.Generator().manual_seed(derived_seed(seed, n)) for n in samples]
     while True:
         block = torch.stack([torch.rand(256, generator=g) for g in generators], dim=1)  # (256, B)
@@ -207,7 +207,7 @@ class TextStream:
 
 
 def stream_text(model, tokenizer, prompts, sampling, samples=None, times=None):
-    """Yield the prompts, then, token by token, the new text of each; times gets its moment."""
+    """Yield the prompts, then, per token, the new text of each; times gets a time per token."""
     times = [] if times is None else times
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     limit = context_limit(model.config)
@@ -255,7 +255,7 @@ def generate_texts(model, tokenizer, prompts, sampling, batch_size=16, times=Non
 
 
 def sample_text(model, tokenizer, prompt, max_new_tokens=200, **settings) -> str:
-    """The prompt and its continuation (settings: of Sampling); no mode or random state changes."""
+    """The prompt and its continuation; settings: fields of Sampling. Changes no random state."""
     sampling = Sampling(max_new_tokens=max_new_tokens, **settings)
     validate(sampling)
     was_training = model.training

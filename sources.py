@@ -48,7 +48,7 @@ END = None  # in a stream of text: here a document ends
 
 
 def find_files(inputs) -> list[tuple[str, Path]]:
-    """Names and paths of the files that inputs, files and folders, stand for."""
+    """Names and paths of all files named by inputs: files, and folders of files."""
     files = []
     for path in map(Path, inputs):
         top = path if path.is_dir() else path.parent
@@ -192,7 +192,7 @@ class TextFiles(Documents):
                 raise ValueError(f"{where}: a document of more than {DOCUMENT:,} characters")
             if not line.strip():
                 continue
-            try:  # half a surrogate pair is no text either
+            try:  # refuses half a surrogate pair, too
                 document = json.loads(line)["text"].encode("utf-16", "surrogatepass")
                 yield from in_chunks(document.decode("utf-16", self.errors))
             except Exception as error:  # JSON may be anything
@@ -200,7 +200,7 @@ class TextFiles(Documents):
 
 
 def wrong_byte(error: UnicodeDecodeError, end, encoding, path=None) -> str:
-    """What is wrong with bytes that end at the offset `end`, and what to type instead."""
+    """What is wrong with bytes that end at offset `end`, and the command that helps."""
     raw, text = error.object, error.object.decode("utf-8", "replace")
     lost, foreign = text.count("\ufffd") + text.count("\0"), sum(map("\x7f".__lt__, text))
     remedy = "convert it to UTF-8, or `prepare_data.py --errors replace` puts a U+FFFD there"

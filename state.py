@@ -117,7 +117,7 @@ def save_state(state: TrainState, config: GPT2Config, dataset, names):
     contents |= {"best_val_loss": state.best_val_loss, "model": weights}
     contents |= {"optimizer": optimizer_state, "scaler": state.scaler.state_dict()}
     contents |= {"config": to_dict(config)}
-    contents |= {"rng": {"torch": torch.get_rng_state()}}  # for a look: each micro-batch seeds it
+    contents |= {"rng": {"torch": torch.get_rng_state()}}  # unused: every micro-batch reseeds
     contents |= {"tokenizer": dataset.tokenizer.to_dict(), "data_hash": dataset.hash}
     contents |= {"run": state.run}
     folder = Path(config.checkpoint_dir)

@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 
 from files import atomic_write, check_json, in_thread, read_bytes
 
-TOKENIZER_FORMAT = 1  # of the JSON; raised when an older reader would misread a newer file
+TOKENIZER_FORMAT = 1  # of the JSON; incremented when an older reader would misread a newer file
 END_OF_TEXT = "<|endoftext|>"
 MOST_BYTES, MOST_TOKENS = 16 << 20, 1 << 20  # of a tokenizer.json; nothing real comes near
 MOST_SPECIAL = 1 << 14  # special tokens, those included that no text is encoded to
@@ -73,7 +73,7 @@ class Tokenizer:
         return b"".join([self._bytes[i] for i in ids])
 
     def safe_cut(self, text: str) -> int:
-        """The last place where a cut changes no token, 0 for none; here the end, or before \\r."""
+        """The last position where a cut changes no token, else 0; here the end, or before \\r."""
         return len(text) - text.endswith("\r")
 
     def save(self, path):
@@ -156,7 +156,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, text, vocab_size: int) -> "BPETokenizer":
-        """Learn merges from text (a string, or strings); fewer than asked if no pair is twice."""
+        """Learn merges from text (a string, or strings); fewer than asked if no pair repeats."""
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # only for this
 
         learner = Tokenizer(models.BPE())
@@ -189,7 +189,7 @@ class BPETokenizer(Tokenizer):
         return found.end() if found else 0
 
     def merges(self) -> list[list[str]]:
-        """For each token but the bytes the two that are merged into it, in the order of learning;
+        """For each token but single bytes the two that merge into it, in the order of learning;
         ValueError naming a token that is not made of two earlier ones.
         """
         merges, rank = [], self.id_of
@@ -271,7 +271,7 @@ def load_tokenizer(source) -> Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids one by one; what push and flush return adds up to decode of all ids."""
+    """Decodes ids one by one; all that push and flush return together is decode of all ids."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

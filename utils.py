@@ -80,7 +80,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def peak_mb(device: torch.device) -> float | None:
-    """The most memory held so far, in MB: a CUDA device's tensors, or resident; None on Windows."""
+    """Peak memory in MB: of a CUDA device's tensors, else resident; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:
@@ -124,7 +124,7 @@ def deterministic(on: bool = True):
 
 @contextlib.contextmanager
 def out_of_memory(remedy: str):
-    """Running out of memory in here, by its type or its text, is a ValueError with the remedy."""
+    """Turn running out of memory, told by type or message, into a ValueError with remedy."""
     try:
         yield
     except Exception as error:
