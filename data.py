@@ -52,7 +52,7 @@ class Meta(TypedDict):
     vocab_size: Annotated[int, Field(ge=1, le=2**24)]
     tokenizer: Annotated[dict[Literal["kind", "sha256"], str], Field(min_length=2)]
     splits: Annotated[dict[Literal["train", "val"], Split], Field(min_length=2)]
-    sources: list[Source]
+    sources: Annotated[list[Source], Field(min_length=1)]
     settings: dict[str, Any]
 
 

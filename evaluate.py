@@ -77,7 +77,7 @@ def evaluate_split(model, tokenizer, options) -> dict:
     if not (options.data_dir or Path(data_dir).resolve().is_relative_to(Path.cwd())):
         raise ValueError(f"the model names {data_dir}, outside this folder; allow it by --data_dir")
     dataset = TokenDataset(data_dir)
-    if dataset.meta["tokenizer"]["sha256"] != tokenizer.hash():
+    if dataset.tokenizer.hash() != tokenizer.hash():
         raise ValueError(f"{data_dir}: its tokenizer is not the model's; name another --data_dir")
     block_size = options.block_size or model.config.block_size
     dataset.require(block_size, [split])
@@ -202,7 +202,8 @@ def score_endings(model, tokenizer, examples, batch_size: int) -> np.ndarray:
     if cropped:
         warn(f"{cropped:,} of {len(examples):,} contexts cropped to fit block_size {block_size}")
     # equal ones once, lest rounding decide between them; similar lengths together: less padding
-    rows = sorted({row for rows in asked for row in rows}, key=lambda row: -len(row[0]))
+    rows = dict.fromkeys(row for rows in asked for row in rows)
+    rows = sorted(rows, key=lambda row: -len(row[0]))
     score_of = dict(zip(rows, score(model, rows, batch_size), strict=True))
     return np.moveaxis(np.array([[score_of[row] for row in rows] for rows in asked]), -1, 0)
 
@@ -232,9 +233,10 @@ class Options(ModelOptions):
     stride: integer(1) | None = None  # step of the window; unset: half of it
 
     def problems(self):
-        for name, task in {"data_dir": "val", "split": "val", "stride": "perplexity"}.items():
-            if getattr(self, name) is not None and task not in self.task:
-                yield f"--{name}: for --task {task} only"
+        tasks = {"data_dir": "val", "split": "val", "stride": "perplexity"}
+        for name, of in (tasks | {"block_size": "val or perplexity"}).items():
+            if getattr(self, name) is not None and not {*of.split()} & {*self.task}:
+                yield f"--{name}: for --task {of} only"
         readers = set(self.task) - {"val"}
         if self.file is None and "perplexity" in readers:
             yield "--task perplexity: name a text with --file"

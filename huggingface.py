@@ -222,7 +222,9 @@ def tokenizer_from_hf(spec: dict, settings: dict, vocab_size: int):
         raise ValueError(f"{' and '.join(flags)} is set")
     theirs, vocab = _parts(spec), spec["model"]["vocab"]
     ids = theirs["vocab"]
-    special = {t["content"]: vocab.get(t["content"], t["id"]) for t in spec["added_tokens"]}
+    new = iter(range(len(vocab), vocab_size))  # the library's ids, whatever the file says
+    added = dict.fromkeys(token["content"] for token in spec["added_tokens"] if token["content"])
+    special = {text: vocab[text] if text in vocab else next(new, vocab_size) for text in added}
     special = {text: i for text, i in special.items() if i < vocab_size}
     most = min(vocab_size, len(ids) + len(special) + MOST_SPECIAL + 1)  # size may be any number
     unused = set(range(most)) - set(ids.values()) - set(special.values())

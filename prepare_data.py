@@ -242,7 +242,8 @@ def prepare(options) -> Meta:
         if state:
             log_row("resuming", f"with what is in {folder}")
             tokenizer = load_tokenizer(folder / "tokenizer.json")
-            if tokenizer.hash() != state["tokenizer"]["sha256"]:
+            made = new_meta(tokenizer, state["sources"], state["settings"], state["splits"])
+            if state | made != state:
                 raise ValueError(f"its tokenizer.json is not progress.json's; delete {folder}")
         else:
             tokenizer = make_tokenizer(kind, given, source, options.vocab_size)
@@ -299,7 +300,7 @@ def adopt(data_dir) -> Meta:
         raise ValueError(f"{data_dir / 'meta.pkl'}: not gpt2's tokens; prepare the text itself")
     origins = [describe_file(name, data_dir / name) for name in ("train.bin", "val.bin")]
     for split, file in zip(("train", "val"), origins, strict=True):
-        if file["bytes"] % 2:
+        if file["bytes"] % 2 or not file["bytes"]:
             wrong = f"{file['bytes']:,} bytes are not tokens of 2 bytes each"
             raise ValueError(f"{data_dir / file['name']}: {wrong}")
         splits[split] = {"tokens": file["bytes"] // 2, "bytes": None, "sha256": file["sha256"]}

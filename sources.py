@@ -27,11 +27,11 @@ BUNDLED = Path(__file__).parent / "data" / "sonnets.txt"
 
 
 def fineweb_folder(name):
-    return f"data/{name}".removesuffix("/default").replace("data/sample-", "sample/")
+    return f"data/{name}/".replace("/default/", "/").replace("data/sample-", "sample/")
 
 
-HUB_DATASETS = {  # repository; folder of parquet files with a column "text", by --name; its default
-    "openwebtext": ("Skylion007/openwebtext", lambda _: "plain_text", None),
+HUB_DATASETS = {  # repository; how its parquet files' paths begin, by --name; the default of that
+    "openwebtext": ("Skylion007/openwebtext", lambda _: "plain_text/", None),
     "fineweb": ("HuggingFaceFW/fineweb", fineweb_folder, "sample-10BT"),
 }
 
@@ -68,14 +68,15 @@ def find_files(inputs) -> list[tuple[str, Path]]:
 
 def files_below(path):
     """A file, or all in a folder and its folders, but hidden ones and those behind links."""
-    if not path.is_dir():
-        yield path
-        return
-    for inside in path.iterdir():
-        if inside.is_symlink() and inside.is_dir():
-            warn(f"--input {inside}: a link to a folder, which is not followed")
-        elif not inside.name.startswith("."):
-            yield from files_below(inside)
+    found = [path]
+    for path in found:  # which grows: as deep as folders go
+        if not path.is_dir():
+            yield path
+        for inside in path.iterdir() if path.is_dir() else ():
+            if inside.is_symlink() and inside.is_dir():
+                warn(f"--input {inside}: a link to a folder, which is not followed")
+            elif not inside.name.startswith("."):
+                found.append(inside)
 
 
 def shakespeare(data_dir) -> tuple[str, Path]:
@@ -276,7 +277,7 @@ def rows(path):
 
 def from_hub(options, known, folder):
     """Revision and files, the newest unless known, and what downloads the file of a number."""
-    repository, folder_of, _ = HUB_DATASETS[options.dataset]
+    repository, begin, _ = HUB_DATASETS[options.dataset]
     (revision, files), folder = known or (None, []), own_folder(folder)
 
     def fetch(number) -> Path:
@@ -287,16 +288,16 @@ def from_hub(options, known, folder):
 
     if not known:
         with hub(repository, "the same command") as library:
-            api, within = library.HfApi(), folder_of(options.name)
+            api, prefix = library.HfApi(), begin(options.name)
             revision = api.dataset_info(repository, timeout=120).sha
             at = {"repo_type": "dataset", "revision": revision, "recursive": True}
-            found = api.list_repo_tree(repository, within, **at)
+            found = api.list_repo_tree(repository, prefix.rpartition("/")[0], **at)
             for file in sorted(found, key=lambda file: file.path):
-                if PARQUET.search(file.path):
+                if file.path.startswith(prefix) and PARQUET.search(file.path):
                     digest = file.lfs and file.lfs.sha256
                     files.append({"name": file.path, "bytes": file.size, "sha256": digest})
         if not files:
-            raise ValueError(f"{repository}: no .parquet file in {within}, see its page")
+            raise ValueError(f"{repository}: no .parquet file in {prefix}, see its page")
     return revision, files, fetch
 
 

@@ -55,7 +55,10 @@ def build_state(config: GPT2Config, device, saved=None, initial=None) -> TrainSt
         weights, table = dict(initial["model"]), "transformer.wpe.weight"
         if table in weights:  # a shorter block_size needs the first rows alone
             weights[table] = weights[table][: config.block_size]
-        model.load_state_dict(weights)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"initial: {error}") from None
     if sharded:
         shard(model, device, config.dtype)
     optimizer = make_optimizer(model, config)
@@ -157,7 +160,8 @@ def find_checkpoint(config: GPT2Config, dataset, insist: bool, rename=True) -> d
 
     outline = broadcast_from_rank0(read)
     if insist and outline is None:
-        raise checkpoint.CheckpointError(f"--resume: no checkpoint in {config.checkpoint_dir}")
+        folder = config.checkpoint_dir
+        raise checkpoint.CheckpointError(f"--resume: no checkpoint in {folder}; leave the flag out")
     return saved or outline
 
 

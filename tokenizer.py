@@ -261,12 +261,12 @@ class Fields(TypedDict):
 
 def load_tokenizer(source) -> Tokenizer:
     """A tokenizer from the path of its file or from its dict; ValueError naming the file."""
-    is_dict = isinstance(source, dict)
+    content = source if isinstance(source, dict) else read_bytes(source, MOST_BYTES)
     try:
-        fields = check_json(source if is_dict else read_bytes(source, MOST_BYTES), Fields)
+        fields = check_json(content, Fields)
         return KINDS[fields["kind"]].from_dict(fields)
     except (KeyError, ValueError) as error:
-        name = "tokenizer" if is_dict else source
+        name = "tokenizer" if content is source else source
         raise ValueError(f"{name} is not a tokenizer: {error}") from None
 
 

@@ -250,6 +250,7 @@ GOOD = json.dumps(EXAMPLE) + "\n"
         ("--task perplexity --file x", b"to be \xff", "x: not UTF-8 (byte 6)"),
         ("--task perplexity --file x", b"to be \xc3\xa9", "U+00E9 '\u00e9' at position 6"),
         ("--task perplexity --file x --stride 9", b"to be", "at most --block_size 8"),
+        ("--task lambada --file x --block_size 4", b"", "only"),
         ("--task hellaswag --file x", b"\n", "no examples"),
         ("--task hellaswag --file x", f"{GOOD}\n[", "line 3: Invalid JSON"),
         ("--task hellaswag --file x", GOOD.replace('"not"', "2"), "line 1: endings.1: "),

@@ -140,6 +140,7 @@ SOURCE = {"name": "x", "bytes": 1, "sha256": None}
         {"splits": {"../../x": {}}},
         *({"sources": [SOURCE | {"name": name}]} for name in (3, "../../x", "/etc/x")),
         {"sources": [SOURCE | {"bytes": -1}]},
+        {"sources": []},
         {"settings": []},
         DEEP,
         '{"a":' * 100_000,

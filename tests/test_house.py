@@ -29,10 +29,10 @@ def test_the_code_can_be_read_in_an_evening():
     nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
     ceilings = {  # a percent above where the code stands: a feature may raise them, less is better
         "lines of a file": (max(map(lines, FILES)), 420),
-        "lines of the evening": (lines(*(ROOT / f"{name}.py" for name in EVENING)), 1960),
-        "lines": (lines(*FILES), 5660),
-        "statements": (sum(isinstance(node, ast.stmt) for node in nodes), 4080),
-        "functions": (sum(isinstance(node, ast.FunctionDef) for node in nodes), 340),
+        "lines of the evening": (lines(*(ROOT / f"{name}.py" for name in EVENING)), 1950),
+        "lines": (lines(*FILES), 5700),
+        "statements": (sum(isinstance(node, ast.stmt) for node in nodes), 4120),
+        "functions": (sum(isinstance(node, ast.FunctionDef) for node in nodes), 342),
         "lines of tests": (lines(*ROOT.glob("tests/*.py")), 7050),
     }
     assert {name: size for name, size in ceilings.items() if size[0] > size[1]} == {}

@@ -612,6 +612,11 @@ def test_bad_input_progress_of_another_form_is_refused_by_name(tmp_path, capsys)
     assert prepare(*flags) == 2
     (line,) = errors(capsys)
     assert "progress.json: " in line and prepare(*flags, *line.split()[-1:]) == 0  # --overwrite
+    state = read_meta(tmp_path / "d") | {"vocab_size": 9, "revision": None, "position": 0}
+    (tmp_path / "d" / "meta.json").unlink()
+    write(tmp_path / "d" / ".unfinished" / "progress.json", json.dumps(state))
+    (tmp_path / "d" / "tokenizer.json").rename(tmp_path / "d" / ".unfinished" / "tokenizer.json")
+    assert prepare(*flags) == 2 and "is not progress.json's" in errors(capsys)[-1]
 
 
 @pytest.mark.slow
@@ -659,7 +664,9 @@ def test_hub_problems_are_one_line_each_and_the_same_command_goes_on(
         serve(**hub)
         assert prepare(*flags) == 2
         assert re.match(f"HuggingFaceFW/fineweb: .*{message}", errors(capsys)[0])
-    serve(files)
+    serve({"sample/10BT/test-0.parquet": b"no"} | files)
+    row = (Hub.repository, lambda _: "sample/10BT/00", "sample-10BT")
+    monkeypatch.setitem(sources.HUB_DATASETS, "fineweb", row)
     assert prepare(*flags) == 0
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert prepare(*flags) == 0  # there already
@@ -678,6 +685,7 @@ def test_adopted_tokens_are_a_data_set_and_stay_as_they_are(tmp_path, gpt2_vocab
     for name, content, message in [
         ("meta.pkl", b"cos\nsystem\n(S'touch canary'\ntR.", "meta.pkl: not gpt2's tokens"),
         ("train.bin", b"123", "train.bin: 3 bytes are not tokens of 2 bytes each"),
+        ("val.bin", b"", "val.bin: 0 bytes are not tokens"),
     ]:
         write(shutil.copytree(folder, tmp_path / message[:5]) / name, content)
         assert prepare("--adopt", tmp_path / message[:5]) == 2 and message in errors(capsys)[0]

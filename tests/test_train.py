@@ -486,6 +486,9 @@ def test_init_from_what_does_not_fit_is_a_line_each(again, finished, tmp_path, c
     assert main(again, "--init_from", trained, *more) == 2
     for line, field in zip(errors(capfd), ("block_size", "n_layer", "position"), strict=True):
         assert f"--init_from {trained}: {field}: checkpoint " in line
+    with pytest.raises(ValueError, match="size mismatch"):
+        elsewhere = replace(again, n_embd=32, checkpoint_dir=str(tmp_path / "c"))
+        train(elsewhere, initial=checkpoint.load(trained))
     assert main(again, "--init_from", "nowhere.pt") == 3
     other = replace(again, data_dir=str(prepare("abc " * 500, tmp_path / "abc")))
     assert main(other, "--init_from", trained) == 2
