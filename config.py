@@ -17,7 +17,7 @@ def dtype_name(dtype) -> str | None:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Dtype = Annotated[Literal[DTYPES], BeforeValidator(dtype_name)]
 
-# share of (learning_rate - min_lr) at progress 0, end of warmup, to 1, lr_decay_iters
+# share of learning_rate - min_lr; progress is 0 at the end of warmup, 1 at lr_decay_iters
 LR_SCHEDULES = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
@@ -61,7 +61,7 @@ class GPT2Config:
     parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: replicated or sharded weights
     activation_checkpointing: bool = False  # recompute activations in the backward pass
     peer_timeout: number(above=0, most=1e9) = 600  # seconds to wait for another process
-    seed: integer(0, 2**63 - 1) = 1337  # seeds initial weights, data order and dropout
+    seed: integer(0, 2**63 - 1) = 1337  # seeds initial weights, data order, dropout and samples
     # evaluation
     eval_interval: integer(1) = 1000  # steps between evaluations
     eval_iters: integer(1) = 200  # validation batches per evaluation; at most the whole split
@@ -75,7 +75,7 @@ class GPT2Config:
     # preset
     preset: str = "auto"  # sets what you did not: auto (fits device and data), none or a name
 
-    def problems(self):
+    def conflicts(self):
         """Conflicts between valid values, a line each; its --flags say which fields it is about."""
         if self.preset not in (names := ("auto", "none", *GPT2_CONFIGS)):
             yield f"--preset {self.preset}: must be one of {', '.join(names)}"
@@ -177,15 +177,15 @@ def auto_preset(
     trained_block_size: that of a model to fine-tune.
     """
     on_gpu = device_type == "cuda"
-    name = "finetune" if trained_block_size else "shakespeare-gpu" if on_gpu else "shakespeare-cpu"
-    if name == "shakespeare-gpu" and train_tokens >= 20_000_000:
-        name = "gpt2"
+    name = "finetune" if trained_block_size else "shakespeare-cpu"
+    if on_gpu and not trained_block_size:
+        name = "gpt2" if train_tokens >= 20_000_000 else "shakespeare-gpu"
     values = dict(GPT2_CONFIGS[name])
     batch_size, micro_batches = values["batch_size"], values["gradient_accumulation_steps"]
     if name in FITTED:
         epochs, least_steps, least_batch = FITTED[name]
-        most = trained_block_size or values["block_size"]
-        values["block_size"] = block_size = max(1, min(most, train_tokens - 1, val_tokens - 1))
+        limit = trained_block_size or values["block_size"]
+        values["block_size"] = block_size = max(1, min(limit, train_tokens - 1, val_tokens - 1))
         sequences = batch_size * micro_batches  # in a step
         if not on_gpu:  # the logits of a micro-batch have at most 2**25 numbers
             batch_size = max(least_batch, min(batch_size, 2**25 // (block_size * vocab_size)))

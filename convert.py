@@ -43,7 +43,7 @@ class Options:
     tokenizer: str | None = None  # the data set's tokenizer.json; unset: GPT-2's, if its size fits
     gelu: Literal["exact", "tanh"] = "exact"  # tanh: trained before May 2023
 
-    def problems(self):
+    def conflicts(self):
         for name, command in FLAG_OF.items():
             if self.command != command and getattr(self, name) != getattr(Options, name):
                 yield f"--{name}: for {command} only"

@@ -119,7 +119,7 @@ class TokenDataset:
 
 
 def windows_at(tokens, starts, block_size, vocab_size=None):
-    """Inputs and targets, int64 (len(starts), block_size) each; ValueError for an id too high."""
+    """Inputs and targets, int64 (len(starts), block_size) each; ValueError for an unknown id."""
     import torch  # takes half a second, which prepare_data.py does not need
 
     window = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
@@ -136,7 +136,7 @@ def windows_at(tokens, starts, block_size, vocab_size=None):
 class Permutation:
     """A seeded permutation of range(n) in O(sqrt(n)) memory. Indices fill a grid row by row;
     each round rotates every column by a random amount, then every row: an unbalanced Feistel
-    network (Luby and Rackoff 1988). An index beyond n is permuted again (Black and Rogaway 2002).
+    network (Luby and Rackoff 1988). A result beyond n is permuted again (Black and Rogaway 2002).
     """
 
     def __init__(self, n: int, generator: np.random.Generator):
@@ -184,8 +184,8 @@ class BatchSampler:
 
     def starts(self, step: int, micro_step: int = 0) -> list[int]:
         """Positions in the split where the windows of this process's micro-batch begin."""
-        position = step * self.gradient_accumulation_steps + self.global_micro_step(micro_step)
-        indices = position * self.batch_size + np.arange(self.batch_size)
+        batch = step * self.gradient_accumulation_steps + self.global_micro_step(micro_step)
+        indices = batch * self.batch_size + np.arange(self.batch_size)
         epochs, windows = np.divmod(indices, self.windows_per_epoch)
         starts = []
         for epoch in range(epochs[0], epochs[-1] + 1):

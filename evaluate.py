@@ -232,7 +232,7 @@ class Options(ModelOptions):
     # of --task perplexity
     stride: integer(1) | None = None  # step of the window; unset: half of it
 
-    def problems(self):
+    def conflicts(self):
         tasks = {"data_dir": "val", "split": "val", "stride": "perplexity"}
         for name, of in (tasks | {"block_size": "val or perplexity"}).items():
             if getattr(self, name) is not None and not {*of.split()} & {*self.task}:

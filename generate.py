@@ -39,7 +39,7 @@ class Options(Sampling, ModelOptions):
     output: str | None = None  # write the texts here, not to stdout
     stats: bool = False  # say how fast it was, and how much memory it took
 
-    def problems(self):
+    def conflicts(self):
         sources = [n for n in ("prompt", "interactive", "prompts_file") if getattr(self, n)]
         for first, second in pairwise(sources):
             yield f"--{second}: not allowed with --{first}"
@@ -75,9 +75,9 @@ def main(argv=None) -> int:
 
 def describe(sampling) -> str:
     """The settings in force, on one line; those that are off by default only if changed."""
-    values = {f.name: (getattr(sampling, f.name), f.default) for f in fields(Sampling)}
-    off = (None, None), (1, 1)
-    return ", ".join(f"{name} {shown(v[0])}" for name, v in values.items() if v not in off)
+    pairs = [(f, getattr(sampling, f.name)) for f in fields(Sampling)]
+    on = [(f.name, value) for f, value in pairs if value != f.default or value not in (None, 1)]
+    return ", ".join(f"{name} {shown(value)}" for name, value in on)
 
 
 def shown(value) -> str:
@@ -113,7 +113,7 @@ def batch_generate(
     """Continue many prompts, batch_size at a time; write the texts to output_file if given.
 
     settings: fields of Sampling. Returns each prompt with its continuation, num_samples times, as
-    if alone. Raises ValueError for settings out of range, CheckpointError, WriteError.
+    if generated alone. Raises ValueError for settings out of range, CheckpointError, WriteError.
     """
     sampling = Sampling(**settings)
     validate(sampling)
@@ -128,7 +128,7 @@ def write_texts(path, texts) -> list[str]:
     """Write texts to path as they arrive, atomically; return them."""
     path, written = Path(os.path.realpath(path)), []  # a link stays a link
     if path.exists() and not path.is_file():
-        raise ValueError(f"--output {path}: there is something else than a file")
+        raise ValueError(f"--output {path}: not a regular file")
     with atomic_write(path, "w") as file:
         for text in texts:
             file.write(f"{SEPARATOR if written else ''}{text}\n")

@@ -44,10 +44,11 @@ class CausalSelfAttention(nn.Module):
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
-    """Scaled dot-product attention (B, H, T, D). In bf16 on a CPU plain matmuls take half the fused
-    kernel's time but store the scores (B, H, T, S): for T > 1 and at most MAX_SCORES.
+    """Scaled dot-product attention (B, H, T, D). In bf16 on a CPU, for T > 1 and at most
+    MAX_SCORES scores (B, H, T, S), plain matmuls take half the fused kernel's time.
     """
-    q, T, n_scores = q.to(k.dtype), q.shape[2], q[..., 0].numel() * k.shape[2]
+    q, T = q.to(k.dtype), q.shape[2]  # a cache may be in float32
+    n_scores = q[..., 0].numel() * k.shape[2]  # B * H * T * S
     if k.device.type == "cpu" and k.dtype == torch.bfloat16 and T > 1 and n_scores <= MAX_SCORES:
         return plain_attention(q, k, v, mask, dropout)
     if mask is not None and mask.dtype != torch.bool:
@@ -85,7 +86,7 @@ def alibi_bias(distance, n_head):
     """ALiBi (Press et al. 2022): a penalty (B or 1, H, T, S) linear in distance (.., 1, T, S)."""
     power = 2 ** math.floor(math.log2(n_head))
     head = torch.arange(n_head, device=distance.device)
-    # slopes 2^(-8/n), 2^(-16/n) ... for n a power of two; any further heads: the odd ones for 2n
+    # slopes 2^(-8/n), 2^(-16/n) ... for n a power of two; further heads: every other slope of 2n
     exponent = torch.where(head < power, 8 * (head + 1), 4 * (2 * (head - power) + 1)) / power
     return -(2.0**-exponent)[:, None, None] * distance
 
@@ -222,7 +223,7 @@ class GPT2(nn.Module):
 
 
 def cross_entropy(logits, targets):
-    """Mean of logits (B, T, V) and targets, int64 (B, T), in nats; those of -1 do not count."""
+    """Mean loss in nats of logits (B, T, V) on targets, int64 (B, T); those of -1 are ignored."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
@@ -250,7 +251,7 @@ def context_start(length: int, limit: int | None) -> int:
 class KVCache:
     """Keys and values of each row's current context; GPT2.forward fills it. Entries past a row's
     length are ignored and later overwritten: call set_lengths after right-padded prompts. Rows of
-    unequal lengths are masked, on a GPU in shapes that a CUDA graph can keep.
+    unequal lengths need a mask; on a GPU its shape is fixed, so that a CUDA graph can replay it.
     """
 
     def __init__(self, config: GPT2Config, batch_size: int, capacity: int, device=None, dtype=None):
@@ -288,6 +289,6 @@ class KVCache:
             if self.common_length is not None:
                 kept[:, :, S - T : S] = new
             else:
-                places = self.positions[:, None, :, None].expand_as(new)
-                kept.scatter_(2, places, new.to(kept.dtype))
+                index = self.positions[:, None, :, None].expand_as(new)
+                kept.scatter_(2, index, new.to(kept.dtype))
         return (k, v) if S == T else self.kv[layer, :, :, :, :S]

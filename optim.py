@@ -102,8 +102,8 @@ class Muon(torch.optim.AdamW):
             for part in update.view(3, columns, columns) if is_c_attn else [update]:
                 by_shape.setdefault(part.shape, []).append(part)
         for shape, parts in by_shape.items():
-            most = ORTHOGONALIZE_AT_ONCE.get(parts[0].device.type, 2**22)
-            count = max(1, most // shape.numel())
+            limit = ORTHOGONALIZE_AT_ONCE.get(parts[0].device.type, 2**22)
+            count = max(1, limit // shape.numel())
             for i in range(0, len(parts), count):
                 batch = parts[i : i + count]
                 new = orthogonalize(torch.stack(batch), self.orthogonalize_dtype)

@@ -42,13 +42,13 @@ def validate(options, found=()):
 
 
 def problems(options, found=()) -> list[str]:
-    """All problems, a line each: found, values that do not fit, conflicts between the others."""
+    """Coerce the fields in place; a line per problem: found, values that do not fit, conflicts."""
     cls, found = type(options), list(found)
     values, wrong = typed(cls, vars(options), strict=True)
     vars(options).update(values)
     found += [line for line in wrong if not named(line) & named(*found)]
-    if hasattr(cls, "problems"):
-        found += [line for line in cls(**values).problems() if not named(line) & named(*found)]
+    if hasattr(cls, "conflicts"):
+        found += [line for line in cls(**values).conflicts() if not named(line) & named(*found)]
     return found
 
 

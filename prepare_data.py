@@ -71,7 +71,7 @@ class Options:
         self.data_dir = self.data_dir or self.adopt or f"./data/{self.dataset}"
         self.workers = self.workers or os.cpu_count() or 1
 
-    def problems(self):
+    def conflicts(self):
         dataset, kind, custom = self.dataset, self.tokenizer, self.dataset == "custom"
         others = self.input or self.data_dir != self.adopt or dataset != "shakespeare"
         known = kind in KINDS or Path(kind).is_file()

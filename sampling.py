@@ -3,7 +3,7 @@
     from sampling import sample_text
     print(sample_text(model, tokenizer, "To be", max_new_tokens=50, temperature=0.7))
 
-Shapes: B rows (one per (prompt, sample)), T time, V vocabulary, K candidates.
+Shapes: B rows (one per (prompt, sample)), V vocabulary, K candidates.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def logits_to_probs(logits, sampling):
     """Probabilities, descending, and the ids of their tokens: (B, K) each, from logits (B, V).
     top_p keeps the fewest that add up to it (Holtzman et al. 2020); the others get 0.
     """
-    if sampling.temperature < 1e-6:  # the likeliest alone
+    if sampling.temperature < 1e-6:  # greedy
         ids = logits.argmax(dim=-1, keepdim=True)
         return torch.ones(ids.shape, device=ids.device), ids
     if sampling.top_k is None or sampling.top_k >= logits.shape[-1]:
@@ -71,7 +71,7 @@ def inverse_cdf(p, uniform):
 
 
 def uniform_numbers(seed, samples, device):
-    """Endlessly, a number in [0, 1) per row (B,), the same in any batch and on any device."""
+    """Yield without end a number in [0, 1) per row (B,), the same in any batch, on any device."""
     generators = [torch.Generator().manual_seed(derived_seed(seed, n)) for n in samples]
     while True:
         block = torch.stack([torch.rand(256, generator=g) for g in generators], dim=1)  # (256, B)
@@ -85,8 +85,8 @@ def uniform_numbers(seed, samples, device):
 def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=True):
     """Yield, token by token, each row's new id; None once the row has produced eot_id.
 
-    prompts: B lists of ids, none empty; samples: each row's sample number. Ends when every row has,
-    at most max_new_tokens later. The cache changes no text, not even past block_size.
+    prompts: B lists of ids, none empty; samples: each row's sample number. Stops once every row
+    has, or after max_new_tokens. Without the cache the text is the same, even past block_size.
     """
     tokens = [list(prompt) for prompt in prompts]
     limit, device = context_limit(model.config), next(model.parameters()).device
@@ -95,7 +95,7 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
     ended, starts = [False] * len(tokens), [None] * len(tokens)
     new = cache = decode = None
     for step in range(sampling.max_new_tokens):
-        old_starts, starts = starts, [context_start(len(row), limit) for row in tokens]
+        old_starts, starts = starts, [context_start(len(ids), limit) for ids in tokens]
         # rows to prefill: all at first, then those whose context restarts at block_size
         changed = [row for row, start in enumerate(starts) if start != old_starts[row]]
         restarted = changed if use_cache else range(len(tokens))
@@ -117,13 +117,13 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
         for row, token in enumerate(new.tolist()):
             tokens[row].append(token)
             ended[row] = ended[row] or token == eot_id
-        yield [None if over else row[-1] for row, over in zip(tokens, ended, strict=True)]
+        yield [None if over else ids[-1] for ids, over in zip(tokens, ended, strict=True)]
         if all(ended):
             return
 
 
 def new_cache(model, rows, capacity):
-    """A cache in the type that attention computes in: the model's, on a CPU at least float32."""
+    """A cache in autocast's dtype or the model's; on a CPU float32 instead of bfloat16."""
     weight = next(model.parameters())
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
@@ -149,7 +149,7 @@ def prefill(model, windows, cache=None):
 
 def refill(model, windows, cache, rows):
     """Prefill these rows again, one token short: the next decode step adds every row's newest."""
-    length = len(windows[0])  # that of all: context_start always restarts at half
+    length = len(windows[0])  # the same for all: context_start restarts at half
     part = new_cache(model, len(rows), length)
     prefill(model, windows, part)
     cache.kv[:, :, rows, :, :length] = part.kv
@@ -201,8 +201,8 @@ class TextStream:
         self.done = stopped or token is None
         if self.done:
             return text.split(self.stop)[0] if stopped else text
-        beginnings = (self.stop[:n] for n in range(len(self.stop) - 1, 0, -1))
-        self.held = next(filter(text.endswith, beginnings), "")
+        prefixes = (self.stop[:n] for n in range(len(self.stop) - 1, 0, -1))
+        self.held = next(filter(text.endswith, prefixes), "")
         return text.removesuffix(self.held)
 
 

@@ -15,7 +15,7 @@ from optim import make_optimizer
 from parallel import broadcast_from_rank0, compile_model, full_state, load_full_state, shard
 from utils import autocast, set_up_device
 
-MOST_SKIPPED = 20  # steps in a row that float16 may skip while its loss scale settles
+MAX_SKIPPED = 20  # steps in a row that float16 may skip while its loss scale settles
 
 
 class NonFiniteError(Exception):
@@ -63,7 +63,7 @@ def build_state(config: GPT2Config, device, saved=None, initial=None) -> TrainSt
         shard(model, device, config.dtype)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    found_inf = FoundInf(device, MOST_SKIPPED if scaler.is_enabled() else 0)
+    found_inf = FoundInf(device, MAX_SKIPPED if scaler.is_enabled() else 0)
     state = TrainState(model, model, optimizer, scaler, found_inf)
     if saved is not None:
         load_full_state(model, optimizer, saved["model"], saved["optimizer"])
@@ -85,8 +85,8 @@ def build_state(config: GPT2Config, device, saved=None, initial=None) -> TrainSt
 
 
 class FoundInf:
-    """Skips steps whose loss or gradients are not finite; after more than `may_skip` in a row all,
-    until raise_if_stuck. The count stays on the device, so that steps do not wait for it.
+    """Skips steps whose loss or gradients are not finite; after more than `may_skip` in a row,
+    every step until raise_if_stuck raises. The count stays on the device: no step waits for it.
     """
 
     def __init__(self, device, may_skip: int):
@@ -133,8 +133,8 @@ def save_state(state: TrainState, config: GPT2Config, dataset, names):
 
 
 def find_checkpoint(config: GPT2Config, dataset, insist: bool, rename=True) -> dict | None:
-    """What checkpoint.latest finds, or None; on other ranks than 0 without the tensors. ValueError,
-    with a line for each difference, if it is of another run.
+    """What checkpoint.latest finds, or None; ranks above 0 get no tensors. ValueError, with a line
+    for each difference, if it belongs to another run.
     """
     saved = None
 

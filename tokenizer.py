@@ -5,7 +5,7 @@
     BPETokenizer.train(text, vocab_size=4096).save("tokenizer.json")
     text = load_tokenizer("tokenizer.json").decode(ids)
 
-A saved tokenizer is one JSON object. A new kind is a subclass of Tokenizer, listed in KINDS.
+A saved tokenizer is one JSON object (Fields). A new kind is a subclass of Tokenizer, in KINDS.
 """
 
 import codecs

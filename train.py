@@ -85,17 +85,17 @@ def train(
         # a batch is a function of (seed, step, micro-step): no loader's state to restore
         B, T = config.batch_size, config.block_size
         micro_batches = config.gradient_accumulation_steps
-        where = {"rank": rank(), "world_size": world_size(), "vocab_size": config.vocab_size}
-        sampler = BatchSampler(dataset.train, T, B, micro_batches, config.seed, **where)
+        others = {"rank": rank(), "world_size": world_size(), "vocab_size": config.vocab_size}
+        sampler = BatchSampler(dataset.train, T, B, micro_batches, config.seed, **others)
         state = build_state(config, device, saved, initial)
         del saved, initial  # free the loaded tensors
         describe_run(state, config, dataset, f"{device} ({why})")
         if eval_only:
             val_loss = estimate_loss(state.forward, dataset.val, config, device)
             return {"step": state.step, "val_loss": val_loss}
-        names = config.log_dir, config.checkpoint_dir, state.run
-        folder = logger.open_run(*names, state.step, run_name)
-        state.run, records = broadcast_from_rank0(lambda: stack.enter_context(folder))
+        dirs = config.log_dir, config.checkpoint_dir
+        opening = logger.open_run(*dirs, state.run, state.step, run_name)
+        state.run, records = broadcast_from_rank0(lambda: stack.enter_context(opening))
         if fresh:
             broadcast_from_rank0(lambda: checkpoint.set_aside(config.checkpoint_dir))
         log = logger.RunLog(Path(config.log_dir) / state.run, records, state.step, config.max_iters)
@@ -148,14 +148,14 @@ def train(
             if evaluate or state.step % config.log_interval == 0:
                 state.found_inf.raise_if_stuck(state.step)
                 record = {"step": state.step, "loss": loss.item(), "lr": lr}
-                record["grad_norm"] = grad_norm.item()  # waits for the device, so before the clock
+                record["grad_norm"] = grad_norm.item()  # syncs: read before the clock
                 speed = (state.step - since_step) * tokens / (time.perf_counter() - since)
                 mfu = peak and speed * model.flops_per_token() / (world_size() * peak)
                 record |= {"tokens_per_second": speed, "mfu": mfu}  # of the devices' peak FLOP/s
                 if evaluate:
                     val_loss = estimate_loss(state.forward, dataset.val, config, device)
                     record["val_loss"] = val_loss
-                    with autocast(device, config.dtype), deterministic(False):  # as CUDA's cumsum
+                    with autocast(device, config.dtype), deterministic(False):  # for CUDA's cumsum
                         sample = sample_text(model, dataset.tokenizer, "", 200, seed=config.seed)
                     best = math.inf if state.best_val_loss is None else state.best_val_loss
                     if val_loss < best:  # false for NaN
@@ -302,7 +302,7 @@ class TrainOptions:
     prompt: str | None = None  # print a continuation of this
     max_new_tokens: integer(0) = 200  # its length
 
-    def problems(self):
+    def conflicts(self):
         if self.resume and self.fresh:
             yield "--fresh: not with --resume"
         if self.tokenizer and not self.data:
@@ -343,7 +343,8 @@ def main(argv=None) -> int:
     elif options.prompt is not None:
         path = checkpoint.best_in(config.checkpoint_dir)
         model, tokenizer = checkpoint.load_model(path, config.device)
-        print(sample_text(model, tokenizer, options.prompt, options.max_new_tokens))
+        how = options.prompt, options.max_new_tokens
+        print(sample_text(model, tokenizer, *how, seed=config.seed))
     return 0
 
 
@@ -395,14 +396,13 @@ def with_preset(config, chosen, dataset, initial=None) -> GPT2Config:
     keep = chosen if initial is None else chosen | set(MODEL_FIELDS)
     values = GPT2_CONFIGS.get(config.preset, {})  # none is {}
     if config.preset == "auto":
-        kind = pick_device(config.device)[0].type
-        tokens, val_tokens = len(dataset.train), len(dataset.val)
+        device_type = pick_device(config.device)[0].type
+        sizes = len(dataset.train), len(dataset.val), dataset.vocab_size
         trained = None if initial is None else config.block_size
-        text = kind, tokens, val_tokens, dataset.vocab_size
-        name, values = settings.auto_preset(*text, world_size(), trained)
+        name, values = settings.auto_preset(device_type, *sizes, world_size(), trained)
         if "block_size" not in chosen:
             keep = keep - {"block_size"}  # auto fits it to the text
-        log_row("preset", f"{name}, for {kind} and {tokens:,} tokens (--preset overrides)")
+        log_row("preset", f"{name}, for {device_type} and {sizes[0]:,} tokens (--preset overrides)")
     return settings.apply_preset(config, values, keep)
 
 

@@ -36,7 +36,7 @@ class Compared:
     nanogpt: str | None = None  # a checkout of nanoGPT to compare with
     save: str | None = None  # write the JSON to this file too
 
-    def problems(self):
+    def conflicts(self):
         if self.nanogpt and not (Path(self.nanogpt) / "model.py").is_file():
             yield f"--nanogpt {self.nanogpt}: not a checkout of nanoGPT"
 

@@ -35,7 +35,7 @@ class Options(Base):
     words: list[str] = field(default_factory=list)  # several
     kinds: list[Literal["a", "b"]] | None = None  # some of these
 
-    def problems(self):
+    def conflicts(self):
         if self.command == "write" and self.place is None:
             yield "--command write: needs --place"
 
