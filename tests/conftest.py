@@ -16,6 +16,7 @@ sys.path.append(str(ROOT / "docs"))  # the works of bench.py
 # One thread for this process and its children: tiny models run fastest so, workers share the cores,
 # and OpenMP's threads do not survive a fork.
 os.environ["OMP_NUM_THREADS"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
