@@ -80,7 +80,7 @@ class GPT2Config:
         if self.preset not in (names := ("auto", "none", *GPT2_CONFIGS)):
             yield f"--preset {self.preset}: must be one of {', '.join(names)}"
         if self.dtype == "float64" and str(self.device).startswith("mps"):
-            yield "--dtype float64: Apple GPUs have none; float32, or --device cpu"
+            yield f"--dtype float64: not on --device {self.device}; use float32, or --device cpu"
         if self.dtype == "float16" and self.parallel == "fsdp":
             yield "--dtype float16: --parallel fsdp has no loss scaling; use bfloat16"
         if self.n_embd % self.n_head:

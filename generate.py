@@ -58,9 +58,8 @@ def main(argv=None) -> int:
         prompts = [line for line in unix_lines(read_text(path)).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts_file {path}: holds no prompt; it needs one per line")
-    with out_of_memory(
-        "fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
-    ):
+    remedy = "fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
+    with out_of_memory(remedy):
         model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
         pack_linears(model, min(len(prompts) * options.num_samples, BATCH_SIZE))
         log_row("sampling", describe(options))

@@ -53,8 +53,11 @@ def problems(options, found=()) -> list[str]:
 
 
 def named(*lines: str) -> set[str]:
-    """The names of the fields in lines: of their flags, or of a leading positional argument."""
-    return {name for line in lines for name in re.findall(r"(?:^|--)(\w+)", line)}
+    """The fields that lines are about: their flags, or a leading positional argument; not those of
+    the remedy after a semicolon.
+    """
+    problems_alone = (line.partition("; ")[0] for line in lines)
+    return {name for line in problems_alone for name in re.findall(r"(?:^|--)(\w+)", line)}
 
 
 def typed(cls, values: dict, strict: bool = False) -> tuple[dict, list[str]]:
