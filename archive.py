@@ -21,9 +21,8 @@ MOST_PICKLE, MOST_OPERATIONS, MOST_CONTENTS = 1 << 24, 300_000, 1 << 20
 
 
 def read_archive(file, size: int):
-    """The value in an open file of `size` bytes; every byte's checksum is compared.
-
-    Raises ValueError, zipfile.BadZipFile, and what torch and Python raise for wrong values.
+    """The value in an open file of `size` bytes, each byte's checksum compared; raises ValueError,
+    zipfile.BadZipFile, and what torch and Python raise for wrong values.
     """
     content = {}  # data.pkl, and each storage under its number, whatever folder they are in
     end = zipfile._EndRecData(file)  # where ZipFile reads how large the table of contents is
@@ -31,10 +30,9 @@ def read_archive(file, size: int):
         raise ValueError("its table of contents is too large")
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise ValueError("compressed records")
-        if sum(record.file_size for record in records) > size:
-            raise ValueError("records larger than the file")
+        is_compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+        if is_compressed or sum(record.file_size for record in records) > size:
+            raise ValueError("its records are compressed, or larger than the file")
         for record in records:
             read = torch.empty(record.file_size, dtype=torch.uint8)
             with archive.open(record) as opened:
@@ -48,8 +46,8 @@ def read_archive(file, size: int):
 
 
 def read_pickle(pickled: bytes, storages: dict, room: int):
-    """The value of a pickle whose storages are these tensors of bytes. A container may be in one
-    place only; strings and tensors in more, but in all of no more than `room` bytes.
+    """The value of a pickle whose storages are these tensors of bytes. A container but Adam's betas
+    may be in one place only; strings and tensors in more, but in all of no more than `room` bytes.
     """
     stack, marks, memo = [], [], {}
     for number, (operation, argument, _) in enumerate(pickletools.genops(pickled)):
@@ -75,17 +73,21 @@ def read_pickle(pickled: bytes, storages: dict, room: int):
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-                room -= _cost(memo[argument])
+                value = memo[argument]
+                is_betas = type(value) is tuple and [type(x) for x in value[:3]] == [float, float]
+                if isinstance(value, (list, dict, tuple)) and not is_betas:
+                    raise ValueError("one container in several places")
+                stack.append(value)
+                room -= value.nbytes if isinstance(value, torch.Tensor) else len(value)
             case "APPEND" | "APPENDS":
                 taken[0].extend(taken[1:])
-                stack.append(taken[0])
+                stack += taken[:1]
             case "SETITEM" | "SETITEMS":
                 keys = taken[1::2]
                 if not all(isinstance(key, str) or abs(key) < 2**60 for key in keys):
                     raise ValueError("keys of equal hashes")
                 taken[0].update(zip(keys, taken[2::2], strict=True))
-                stack.append(taken[0])
+                stack += taken[:1]
             case "GLOBAL" if argument in (ORDERED, REBUILD, *STORAGES):
                 stack.append(argument)
             case "BINPERSID" if type(taken[0]) is tuple:  # a tensor would fall into its elements
@@ -104,13 +106,3 @@ def read_pickle(pickled: bytes, storages: dict, room: int):
         if room < 0:
             raise ValueError("its tensors are larger than the file")
     return stack.pop()
-
-
-def _cost(value) -> int:
-    """Bytes that one more reference costs; ValueError for a container, except Adam's betas."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    is_betas = isinstance(value, tuple) and [type(x) for x in value[:3]] == [float, float]
-    if isinstance(value, (list, dict, tuple)) and not is_betas:
-        raise ValueError("one container in several places")
-    return len(value) if isinstance(value, str) else 0

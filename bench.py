@@ -7,9 +7,8 @@
     python bench.py to_loss 1.89 --nanogpt nanoGPT   # seconds to a loss
     python bench.py gpu --nanogpt nanoGPT --save gpu.jsonl   # ten minutes
 
-`bench.py WORK` is docs/bench_WORK.py, what they share is docs/bench_common.py. nanoGPT is a
-checkout of karpathy/nanoGPT; transformers and CTranslate2 take part where installed. All take
-turns, a sample at a time: A B A B ... A table of medians is printed, then all as a line of JSON.
+WORK is docs/bench_WORK.py. nanoGPT is a checkout of karpathy/nanoGPT; others take part where they
+are installed. A table of medians is printed, then all as a line of JSON.
 """
 
 import importlib
@@ -30,9 +29,9 @@ class Options:
 
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    options = parse_args(Options, argv[:1], __doc__, "bench.py WORK [its flags]")
+    work = parse_args(Options, argv[:1], __doc__, "bench.py WORK [its flags]").work
     sys.path.append(str(Path(__file__).with_name("docs")))
-    return importlib.import_module(f"bench_{options.work}").main(argv[1:])
+    return importlib.import_module(f"bench_{work}").main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, Field, FiniteFloat, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, FiniteFloat, JsonValue
 from torch.overrides import TorchFunctionMode
 from typing_extensions import TypedDict
 
@@ -20,9 +20,9 @@ import files
 from archive import read_archive
 from config import DTYPES, GPT2Config, dtype_name, to_dict
 from huggingface import EMBEDDING, HEAD, download_model, hub_name, read_hf
-from logger import command_for, log_next, log_row, quoted, warn
+from logger import command_for, log_row, quoted, warn
 from model import GPT2
-from options import FolderName, reason, validate
+from options import FolderName, integer, number, validate
 from quantize import to_int8
 from tokenizer import load_tokenizer
 from utils import pick_device, pick_dtype
@@ -45,38 +45,35 @@ class CheckpointError(Exception):
 
 def plain_tensor(tensor):
     """tensor, if it is contiguous and holds finite numbers; ValueError otherwise."""
-    is_tensor = type(tensor) is torch.Tensor and tensor.dtype in ON_DISK
-    if not (is_tensor and tensor.is_contiguous()):
+    if not (type(tensor) is torch.Tensor and tensor.dtype in ON_DISK and tensor.is_contiguous()):
         raise ValueError("not a plain tensor")
     # the extremes show NaN and infinity too, fifty times as fast as torch.isfinite(tensor)
-    if tensor.is_floating_point() and tensor.numel() > 0:
-        if not torch.isfinite(torch.stack(tensor.aminmax())).all():
-            raise ValueError("has values that are not finite")
+    if tensor.numel() > 0 and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+        raise ValueError("has values that are not finite")
     return tensor
 
 
 Tensor = Annotated[Any, AfterValidator(plain_tensor)]
 
 
-class Scaler(TypedDict, total=False, closed=True):
-    """float16's loss scale, as torch.amp.GradScaler keeps it."""
+SCALER = {  # float16's loss scale, as torch.amp.GradScaler keeps it
+    "scale": number(above=0, most=1e30),
+    "growth_factor": number(above=1, most=1e3),
+    "backoff_factor": number(above=0, below=1),
+    "growth_interval": integer(1, 2**31 - 1),
+    "_growth_tracker": integer(0, 2**31 - 1),
+}
 
-    scale: Annotated[float, Field(gt=0, le=1e30)]
-    growth_factor: Annotated[float, Field(gt=1, le=1e3)]
-    backoff_factor: Annotated[float, Field(gt=0, lt=1)]
-    growth_interval: Annotated[int, Field(gt=0, lt=2**31)]
-    _growth_tracker: Annotated[int, Field(ge=0, lt=2**31)]
 
-
-class State(BaseModel, strict=True):
+class State(BaseModel):
     """What a checkpoint holds."""
 
-    format: Annotated[int, Field(le=FORMAT)]
-    step: Annotated[int, Field(ge=0, lt=2**40)]  # optimizer steps done
+    format: integer(most=FORMAT)
+    step: integer(0, 2**40)  # optimizer steps done
     best_val_loss: FiniteFloat | None
     model: dict[str, Tensor]  # the weights, in float32 or in the type they were imported with
     optimizer: dict[str, dict[str, Tensor]]  # the state of each weight, by its name
-    scaler: Scaler  # {} but with float16
+    scaler: TypedDict("Scaler", SCALER, total=False, closed=True)  # {} but with float16
     rng: dict[Literal["torch"], Tensor]
     config: dict[str, JsonValue]
     tokenizer: dict[str, JsonValue]  # {} without one
@@ -94,7 +91,7 @@ def save(path, state: dict):
             except RuntimeError as error:  # torch's own, about file positions, hides the system's
                 raise (error.__context__ or error) from None
     except files.WriteError as error:
-        parts = state["model"], state["rng"], *state["optimizer"].values()
+        parts = state["model"], *state["optimizer"].values()
         needed = sum(t.nbytes for part in parts for name, t in part.items() if name != HEAD) / 1e6
         raise files.WriteError(f"{error}; the checkpoint needs {needed:,.1f} MB") from error
 
@@ -108,26 +105,27 @@ def load(path, check=None) -> dict:
             state = read_archive(file, os.fstat(file.fileno()).st_size)
         (check or check_state)(state)
     except Exception as error:
-        raise CheckpointError(f"{path}: not usable, {_problems(error)[0]}") from error
+        reason = getattr(error, "strerror", None) or str(error) or "damaged"
+        line = reason.partition("\n")[0].removeprefix("--")[:200]
+        raise CheckpointError(f"{path}: not usable, {line}") from error
     return state
 
 
 def check_state(state):
-    """ValueError (pydantic's too) unless state is a complete checkpoint of one model."""
+    """ValueError unless state is a complete checkpoint of one model."""
     if type(state) is dict and "model_args" in state:
         raise ValueError("nanoGPT's: `python convert.py from_nanogpt FILE model.pt` makes it ours")
-    State.model_validate(state)
+    files.check_json(state, State)
     build_model(state)
-    weights, kept = state["model"], state["optimizer"]  # by name; {} before the first step
-    kind = state["config"].get("optimizer", "adamw")
-    for name in weights.keys() - {HEAD} | kept.keys() if kept else ():
-        by_muon = kind == "muon" and ".h." in name and name in weights and weights[name].ndim > 1
-        keys = OPTIMIZER_KEYS["muon" if by_muon else "adamw"]
-        if name not in weights or kept.get(name, {}).keys() != keys:
-            raise ValueError(f"optimizer {name} is not the state of a weight that {kind} keeps")
-        for key, value in kept[name].items():
-            if value.shape != (() if key == "step" else weights[name].shape):
-                raise ValueError(f"optimizer {name} {key} has shape {tuple(value.shape)}")
+    found = {key: {k: t.shape for k, t in s.items()} for key, s in state["optimizer"].items()}
+    expected, kind = {}, state["config"].get("optimizer", "adamw")
+    for name, weight in state["model"].items():
+        by_muon = kind == "muon" and ".h." in name and weight.ndim > 1
+        shapes = dict.fromkeys(OPTIMIZER_KEYS["muon" if by_muon else "adamw"], weight.shape)
+        expected[name] = shapes | {"step": torch.Size()}
+    del expected[HEAD]
+    if found not in ({}, expected):  # {} before the first step
+        raise ValueError(f"optimizer is not the state that {kind} keeps of these weights")
 
 
 def model_config(state: dict) -> GPT2Config:
@@ -142,15 +140,12 @@ class EmptyInit(TorchFunctionMode):
     """New modules skip torch.nn.init, which on the meta device imports torch._dynamo: 1 s."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return None
-        return function(*args, **(kwargs or {}))
+        if getattr(function, "__module__", None) != "torch.nn.init":
+            return function(*args, **(kwargs or {}))
 
 
 def build_model(state: dict) -> GPT2:
-    """A model whose weights are a checkpoint's tensors, not copies. ValueError with a line for each
-    kind of wrong name or shape.
-    """
+    """A model whose weights are a checkpoint's tensors, not copies. ValueError if some differ."""
     config, tensors = model_config(state), state["model"]
     if len(tensors) < config.n_layer:  # do not build a large model for a small file
         raise ValueError("its config describes a larger model than it holds")
@@ -159,22 +154,11 @@ def build_model(state: dict) -> GPT2:
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        raise ValueError(str(error).partition("\n")[2]) from None  # its first line is a heading
+        raise ValueError("\n".join(str(error).split("\n\t")[1:12])) from None  # after a heading
     if not torch.equal(tensors[HEAD].to(tensors[EMBEDDING]), tensors[EMBEDDING]):
         raise ValueError(f"{HEAD} differs from {EMBEDDING}: the head is not tied")
     model.lm_head.weight = model.transformer.wte.weight  # assigning has untied them
     return model
-
-
-def _problems(error) -> list[str]:
-    """What is wrong with a checkpoint, a line for each problem, for users."""
-    if isinstance(error, ValidationError):
-        lines = [f"{'.'.join(map(str, e['loc']))}: {reason(e)}" for e in error.errors()]
-    elif isinstance(error, (ValueError, RuntimeError, OSError)):
-        lines = (getattr(error, "strerror", None) or str(error)).splitlines()
-    else:
-        lines = ["it is cut short, damaged or no checkpoint"]
-    return [line.strip().removeprefix("--").removeprefix(": ")[:200] for line in lines[:12]]
 
 
 def latest(folder, rename: bool = True) -> tuple[Path, dict] | None:
@@ -188,42 +172,37 @@ def latest(folder, rename: bool = True) -> tuple[Path, dict] | None:
             state = load(path)
         except CheckpointError as error:
             damaged[path] = str(error)
-            continue
-        for bad, problem in damaged.items():
-            warn(f"passed over{' and kept as *.damaged' * rename}: {problem}")
-            if rename:
-                os.replace(bad, files.free_name(bad.with_name(f"{bad.name}.damaged")))
-        return path, state
+        else:
+            for bad, problem in damaged.items():
+                warn(f"passed over{' and kept as *.damaged' * rename}: {problem}")
+                if rename:
+                    os.replace(bad, files.free_name(f"{bad}.damaged"))
+            return path, state
     if damaged:
-        lines = [*damaged.values(), "no usable checkpoint is left; --fresh sets these files aside"]
-        raise CheckpointError("\n".join(lines))
-    return None
+        remedy = "no usable checkpoint is left; --fresh sets these files aside"
+        raise CheckpointError("\n".join([*damaged.values(), remedy]))
 
 
 def _newest_first(folder):
-    names = FINAL, BEST, NUMBERED.format("*")
-    others = [path for name in names for path in folder.glob(name)]
-    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    others = [p for name in (FINAL, BEST, NUMBERED.format("*")) for p in folder.glob(name)]
+    others.sort(key=os.path.getmtime, reverse=True)
     return [*folder.glob(LATEST), *folder.glob(PREVIOUS), *others]
 
 
 def set_aside(folder):
     """Move a run's checkpoints, if there are any, into a new dated subfolder."""
-    paths = [*_newest_first(Path(folder)), *Path(folder).glob("*.pt.damaged*")]
-    if paths:
-        target = files.free_name(Path(folder) / time.strftime("%Y-%m-%d_%H-%M-%S"))
-        with files.writing(target):
-            target.mkdir()
-            for path in paths:
-                os.replace(path, target / path.name)
-        size = sum(path.stat().st_size for path in Path(folder).glob(EARLIER)) / 1e9
+    folder = Path(folder)
+    if paths := [*_newest_first(folder), *folder.glob("*.pt.damaged*")]:
+        dated = files.free_name(folder / time.strftime("%Y-%m-%d_%H-%M-%S"))
+        files.own_folder(dated)
+        for path in paths:
+            os.replace(path, dated / path.name)
+        size = sum(path.stat().st_size for path in folder.glob(EARLIER)) / 1e9
         so_far = f"{size:,.2f} GB are set aside by now; `rm {quoted(folder)}/{EARLIER}` deletes it"
-        log_row("set aside", f"the earlier run's checkpoints, in {target}\n{so_far}")
+        log_row("set aside", f"the earlier run's checkpoints, in {dated}\n{so_far}")
 
 
 # ---------------------------------------------------------------- a model by its name
-
-ModelDtype = Literal[*DTYPES, "int8"]
 
 
 @dataclass
@@ -233,7 +212,7 @@ class ModelOptions:
     # which model
     checkpoint: str | None = None  # file, folder or hub name; unset: the best of ./checkpoints
     device: str | None = None  # cuda, cuda:1, mps or cpu; unset: the best there is
-    dtype: ModelDtype | None = None  # precision; int8: weights, on a CPU; unset: the best there is
+    dtype: Literal[*DTYPES, "int8"] | None = None  # precision; int8: on a CPU; unset: the best
 
 
 def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
@@ -244,7 +223,7 @@ def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
     None: the best for this machine. need_tokenizer: False returns None for one that is missing.
     Raises CheckpointError without a usable checkpoint, ValueError for the rest.
     """
-    device, _ = pick_device(None if device is None else str(device))
+    device = pick_device(None if device is None else str(device))
     dtype = dtype_name(dtype) or pick_dtype(device)
     wanted = GPT2Config(device=str(device), dtype="float32" if dtype == "int8" else dtype)
     validate(wanted)
@@ -253,8 +232,7 @@ def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
     if tokenizer is None and need_tokenizer:
         raise ValueError(f"{name} has no tokenizer, so it can neither read nor write text")
     model = model.to(device, getattr(torch, wanted.dtype)).eval()
-    best = state["best_val_loss"]
-    loss = "" if best is None else f", validation loss {best:.4f}"
+    loss = "" if (best := state["best_val_loss"]) is None else f", validation loss {best:.4f}"
     history = f" (step {state['step']:,}{loss})" if state["step"] else ""
     log_row("model", f"{name}{history}\n{describe_model(model, tokenizer)}, {dtype} on {device}")
     return to_int8(model) if dtype == "int8" else model, tokenizer
@@ -284,28 +262,29 @@ def load_state(spec=None) -> tuple[dict, str]:
 
 def new_state(config: GPT2Config, tensors: dict, tokenizer, name: str = "the model") -> dict:
     """The checkpoint of a model from elsewhere, with or without (None) a tokenizer, at step 0. The
-    weights keep their type. ValueError, with name, for each problem of the tensors.
+    weights keep their type. ValueError, with name, if the tensors are not those of config.
     """
-    state = {"format": FORMAT, "step": 0, "best_val_loss": None, "model": tensors}
+    state = {"format": FORMAT, "step": 0, "best_val_loss": None, "model": dict(tensors)}
     state |= {"optimizer": {}, "scaler": {}, "rng": {}, "config": to_dict(config)}
     state |= {"tokenizer": tokenizer.to_dict() if tokenizer else {}, "data_hash": None, "run": None}
     try:
         check_state(state)
     except ValueError as error:
-        raise ValueError("\n".join(f"{name}: {line}" for line in _problems(error))) from error
-    return state | {"model": tensors | {HEAD: tensors[EMBEDDING]}}  # tied: saved once
+        raise ValueError(f"{name}: {error}") from error
+    state["model"][HEAD] = state["model"][EMBEDDING]  # tied: saved once
+    return state
 
 
 def build(state: dict, name: str):
     """A checkpoint's model and its tokenizer or None; CheckpointError if that does not fit it."""
-    model, tokenizer = build_model(state), None
+    model, spec = build_model(state), state["tokenizer"]
     try:
-        if state["tokenizer"]:
-            tokenizer = load_tokenizer(state["tokenizer"])
-            if tokenizer.vocab_size != (size := model.config.vocab_size):
-                raise ValueError(f"it has {tokenizer.vocab_size:,} tokens, the model {size:,}")
+        tokenizer = load_tokenizer(spec) if spec else None
     except ValueError as error:
         raise CheckpointError(f"{name}: its tokenizer cannot be used ({error})") from error
+    if tokenizer and tokenizer.vocab_size != (size := model.config.vocab_size):
+        sizes = f"{tokenizer.vocab_size:,} tokens, the model {size:,}"
+        raise CheckpointError(f"{name}: its tokenizer cannot be used: it has {sizes}")
     return model, tokenizer
 
 
@@ -318,4 +297,4 @@ def log_next_generate(checkpoint=None, device=None, dtype=None):
     """Log the command that tries the model which load_model returns for these arguments."""
     flags = {"--checkpoint": checkpoint, "--device": device, "--dtype": dtype}
     words = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
-    log_next(command_for("generate.py", *words, "--interactive"))
+    log_row("next", command_for("generate.py", *words, "--interactive"), fold=False)

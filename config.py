@@ -1,7 +1,7 @@
 """Every setting of a run, in one typed dataclass, and the presets."""
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
@@ -87,17 +87,16 @@ class GPT2Config:
             yield f"--n_embd {self.n_embd}: not divisible by --n_head {self.n_head}"
         elif self.position == "rope" and self.n_embd // self.n_head % 2:
             yield f"--position rope: --n_embd {self.n_embd} / --n_head {self.n_head} is odd"
-        schedule = derived(self)
-        if schedule.min_lr > self.learning_rate:
+        whole = derived(self)
+        if whole.min_lr > self.learning_rate:
             yield f"--min_lr {self.min_lr}: more than --learning_rate {self.learning_rate}"
-        decay, warmup = schedule.lr_decay_iters, schedule.warmup_iters
-        if decay < warmup:
-            yield f"--lr_decay_iters {decay}: less than --warmup_iters {warmup}"
+        if whole.lr_decay_iters < whole.warmup_iters:
+            less = f"less than --warmup_iters {whole.warmup_iters}"
+            yield f"--lr_decay_iters {whole.lr_decay_iters}: {less}"
 
 
 # Presets never set derived fields (min_lr, warmup_iters, dtype ...). "gpt2" repeats the default of
 # every field that a preset or a model sets, so that edited_fields finds the defaults edited above.
-# A line each for the model, the batch, the optimizer, and evaluations.
 GPT2_CONFIGS = {
     "gpt2": {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0}
     | {"bias": True, "position": "learned", "gelu": "tanh"}
@@ -121,8 +120,8 @@ GPT2_CONFIGS = {
     | {"learning_rate": 5e-5, "lr_schedule": "linear"}
     | {"eval_interval": 50, "eval_iters": 50, "checkpoint_interval": 1000, "log_interval": 1},
 }
-# auto: epochs until a small text overfits (dropout delays it), fewest steps, smallest batch_size
-FITTED = {"shakespeare-cpu": (10, 50, 4), "shakespeare-gpu": (40, 50, 4), "finetune": (3, 20, 1)}
+# auto: epochs until a small text overfits (dropout delays it), and the fewest steps
+FITTED = {"shakespeare-cpu": (10, 50), "shakespeare-gpu": (40, 50), "finetune": (3, 20)}
 # the architecture: a run only resumes with the same values
 MODEL_FIELDS = ("block_size", "n_layer", "n_head", "n_embd", "bias", "position", "gelu")
 STEP_FIELDS = (  # training settings that may change on resume (the change is logged)
@@ -147,13 +146,11 @@ def to_dict(config: GPT2Config) -> dict:
 
 
 def differences(old: dict, config: GPT2Config, names=MODEL_FIELDS) -> list[str]:
-    """A line for each named field in which a checkpoint's config differs from this one.
-
-    Fields missing from an old checkpoint count as their shipped defaults.
+    """A line for each named field in which a checkpoint's config differs from this one; what an old
+    checkpoint lacks counts as the shipped default.
     """
-    old = asdict(GPT2Config()) | GPT2_CONFIGS["gpt2"] | old
-    pairs = ((name, old[name], getattr(config, name)) for name in names)
-    return [f"{name}: checkpoint {was}, config {now}" for name, was, now in pairs if was != now]
+    old, new = asdict(GPT2Config()) | GPT2_CONFIGS["gpt2"] | old, vars(config)
+    return [f"{n}: checkpoint {old[n]}, config {new[n]}" for n in names if old[n] != new[n]]
 
 
 # ---------------------------------------------------------------- presets
@@ -161,8 +158,7 @@ def differences(old: dict, config: GPT2Config, names=MODEL_FIELDS) -> list[str]:
 
 def edited_fields() -> set[str]:
     """Fields whose default above was changed by hand: the user's own, which no preset touches."""
-    shipped = GPT2_CONFIGS["gpt2"]
-    return {f.name for f in fields(GPT2Config) if f.default != shipped.get(f.name, f.default)}
+    return {n for n, value in GPT2_CONFIGS["gpt2"].items() if getattr(GPT2Config, n) != value}
 
 
 def apply_preset(config: GPT2Config, values: dict, keep: set[str]) -> GPT2Config:
@@ -173,32 +169,30 @@ def apply_preset(config: GPT2Config, values: dict, keep: set[str]) -> GPT2Config
 def auto_preset(
     device_type, train_tokens, val_tokens, vocab_size, processes=1, trained_block_size=None
 ) -> tuple[str, dict]:
-    """The preset for a device and text: its name, and its values fitted to both and to processes.
+    """Name and values of the preset for a device and text, fitted to both and to processes;
     trained_block_size: that of a model to fine-tune.
     """
-    on_gpu = device_type == "cuda"
-    name = "finetune" if trained_block_size else "shakespeare-cpu"
-    if on_gpu and not trained_block_size:
-        name = "gpt2" if train_tokens >= 20_000_000 else "shakespeare-gpu"
+    name = "shakespeare-gpu" if device_type == "cuda" else "shakespeare-cpu"
+    if device_type == "cuda" and train_tokens >= 20_000_000:
+        name = "gpt2"
+    if trained_block_size:
+        name = "finetune"
     values = dict(GPT2_CONFIGS[name])
     batch_size, micro_batches = values["batch_size"], values["gradient_accumulation_steps"]
     if name in FITTED:
-        epochs, least_steps, least_batch = FITTED[name]
-        limit = trained_block_size or values["block_size"]
-        values["block_size"] = block_size = max(1, min(limit, train_tokens - 1, val_tokens - 1))
-        sequences = batch_size * micro_batches  # in a step
-        if not on_gpu:  # the logits of a micro-batch have at most 2**25 numbers
-            batch_size = max(least_batch, min(batch_size, 2**25 // (block_size * vocab_size)))
-        if name == "shakespeare-cpu":
-            sequences = batch_size
-        micro_batches = sequences // batch_size
-        steps = max(least_steps, epochs * train_tokens // (sequences * block_size))
-        values["max_iters"] = min(values["max_iters"], steps)
-        values["eval_interval"] = math.ceil(values["max_iters"] / 8)
+        epochs, least_steps = FITTED[name]
+        longest = trained_block_size or values["block_size"]
+        values["block_size"] = block_size = max(1, min(longest, train_tokens - 1, val_tokens - 1))
+        if device_type != "cuda":  # the logits of a micro-batch have at most 2**25 numbers
+            batch_size = max(1, min(batch_size, 2**25 // (block_size * vocab_size)))
+        if name == "finetune":  # as many sequences in a step
+            micro_batches = values["batch_size"] * micro_batches // batch_size
+        steps = epochs * train_tokens // (batch_size * micro_batches * block_size)
+        steps = min(values["max_iters"], max(least_steps, steps))
+        values |= {"max_iters": steps, "eval_interval": math.ceil(steps / 8)}
     # the micro-batches divide evenly among the processes, about the same sequences in a step
     accumulated = math.lcm(micro_batches, processes)
     batch_size = max(1, batch_size * micro_batches // accumulated)
     if name == "shakespeare-cpu":  # the same number of windows for any batch size
         values["eval_iters"] = math.ceil(values["eval_iters"] * values["batch_size"] / batch_size)
-    shared = {"gradient_accumulation_steps": accumulated, "batch_size": batch_size}
-    return name, values | shared
+    return name, values | {"gradient_accumulation_steps": accumulated, "batch_size": batch_size}

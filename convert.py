@@ -6,6 +6,7 @@ python convert.py to_gguf checkpoints/best_checkpoint.pt model.gguf
 python convert.py from_nanogpt out/ckpt.pt adopted.pt
 """
 
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel
+from typing_extensions import TypedDict
 
 import checkpoint
 import files
@@ -62,8 +63,7 @@ def main(argv=None) -> int:
         to_gguf(source, target, options.type)
     else:
         if options.command == "from_nanogpt":
-            tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-            state, name = read_nanogpt(source, tokenizer, options.gelu), source
+            state, name = read_nanogpt(source, options.tokenizer, options.gelu), source
         else:
             state, name = checkpoint.load_state(source)
         model, tokenizer = checkpoint.build(state, name)
@@ -89,12 +89,12 @@ A GPT-2: {facts}.
 
 
 def to_hf(spec, folder, push: str | None = None):
-    """Write a model and its tokenizer as a folder for transformers and whatever reads its format;
-    push: the repository on the hub, org/name, to upload it to.
+    """Write a model, its tokenizer and a card as a folder for transformers and whatever reads its
+    format, and upload it to the repository `push`, org/name.
     """
     folder = Path(folder)
-    if folder.exists() and (folder.samefile(".") or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty, or the current folder; choose another name")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; choose another name")
     if push and not files.optional("huggingface_hub").get_token():
         raise ValueError(f"--push {push}: no token; `hf auth login` keeps one, or set HF_TOKEN")
     state, name = checkpoint.load_state(spec)
@@ -103,9 +103,10 @@ def to_hf(spec, folder, push: str | None = None):
     if loss is not None:
         data = Path(state["config"]["data_dir"]).name
         facts += f". {state['step']:,} steps on `{data}`, validation loss {loss:.4f} nats a token"
-    card = CARD.format(repo=push or folder.resolve().name, facts=facts)
-    names = huggingface.write_hf(folder, model.config, model.state_dict(), tokenizer, card)
-    log_row("wrote", f"{folder}: {', '.join(names)}", "green")
+    huggingface.write_hf(folder, model.config, model.state_dict(), tokenizer)
+    with files.atomic_write(folder / "README.md", "w") as file:
+        file.write(CARD.format(repo=push or folder.resolve().name, facts=facts))
+    log_row("wrote", f"{folder}: {', '.join(sorted(os.listdir(folder)))}", "green")
     if push:
         log_row("pushed", huggingface.upload(folder, push), "green")
     if tokenizer is not None:
@@ -118,45 +119,37 @@ def to_gguf(spec, path, kind: str = "f32"):
     """
     gguf = files.optional("gguf")
     model, tokenizer = checkpoint.build(*checkpoint.load_state(spec))
-    config, types = model.config, gguf.TokenType
-    theirs = huggingface.tensors_to_hf(config, model.state_dict(), transposed=())  # (out, in)
+    config, types = model.config, gguf.GGMLQuantizationType
     if tokenizer is None or tokenizer.eot_id is None:
         raise ValueError("llama.cpp needs a bpe or gpt2 tokenizer with an end of text; use to_hf")
     if kind == "q8_0" and (size := config.n_embd) % 32:
         raise ValueError(f"n_embd {size}: q8_0 needs a multiple of 32; take --type f16")
     if config.gelu == "exact":
         warn("gelu: exact here, tanh in llama.cpp; an activation differs by 0.0005 at most")
-    writer = gguf.GGUFWriter(None, "gpt2")
-    writer.add_name(Path(path).stem)
-    file_type = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
-    writer.add_file_type(gguf.LlamaFileType[file_type])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(4 * config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(float(np.float32(1e-5)))  # as it is stored
     ids, special = tokenizer.id_of | tokenizer.special, tokenizer.special
     tokens = sorted(ids, key=ids.get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([types.CONTROL if t in special else types.NORMAL for t in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer.merges()])
-    writer.add_bos_token_id(tokenizer.eot_id)
-    writer.add_eos_token_id(tokenizer.eot_id)
-    writer.add_add_bos_token(False)
+    fields = (
+        {"name": Path(path).stem, "vocab_size": config.vocab_size, "block_count": config.n_layer}
+        | {"context_length": config.block_size, "embedding_length": config.n_embd}
+        | {"feed_forward_length": 4 * config.n_embd, "head_count": config.n_head}
+        | {"layer_norm_eps": float(np.float32(1e-5))}  # as it is stored
+        | {"tokenizer_model": "gpt2", "tokenizer_pre": "gpt-2", "token_list": tokens}
+        | {"token_types": [3 if token in special else 1 for token in tokens]}  # control, normal
+        | {"token_merges": [" ".join(pair) for pair in tokenizer.merges()], "add_bos_token": False}
+        | {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    )
+    writer = gguf.GGUFWriter(None, "gpt2")
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
-    tensors = {}
-    for key, tensor in theirs.items():
-        is_f32 = tensor.ndim == 1 or ".wpe." in key
-        stored = gguf.GGMLQuantizationType["F32" if is_f32 else kind.upper()]
-        name, data = names.get_name(key, (".weight", ".bias")), tensor.float().numpy()
-        with np.errstate(over="ignore"):
-            tensors[name] = gguf.quantize(data, stored)
-        if not np.isfinite(gguf.dequantize(tensors[name], stored)).all():
+    tensors = {}  # by llama.cpp's names, (out, in)
+    weights = huggingface.tensors_to_hf(config, model.state_dict(), transposed=())
+    for key, tensor in weights.items():
+        if kind in ("f16", "q8_0") and tensor.abs().max() > np.finfo(np.float16).max:
             raise ValueError(f"{key} has values beyond the range of {kind}; take --type bf16")
+        stored = types.F32 if tensor.ndim == 1 or ".wpe." in key else types[kind.upper()]
+        name = names.get_name(key, (".weight", ".bias"))
+        tensors[name] = gguf.quantize(tensor.float().numpy(), stored)
         writer.add_tensor(name, tensors[name], raw_dtype=stored)
     with files.atomic_write(path) as file:
         writer.write_header_to_file(Path(file.name))
@@ -171,22 +164,24 @@ def to_gguf(spec, path, kind: str = "f32"):
     log_row("wrote", f"{path}: {kind}, {len(tensors)} tensors, read back and compared", "green")
 
 
-class NanoGPT(BaseModel):  # what is read of a ckpt.pt
+class NanoGPT(TypedDict):  # what is read of a ckpt.pt
     model: dict[str, Any]
     model_args: dict[str, Any]
 
 
 def read_nanogpt(path, tokenizer=None, gelu="exact") -> dict:
-    """nanoGPT's ckpt.pt as a checkpoint's dict: its weights, without its optimizer. tokenizer: None
-    takes GPT-2's if the vocabulary has its size, padded or not.
+    """nanoGPT's ckpt.pt as a checkpoint's dict: its weights, without its optimizer. tokenizer: its
+    file; None takes GPT-2's if the vocabulary has its size, padded or not.
     """
-    found = checkpoint.load(path, NanoGPT.model_validate)
+    found = checkpoint.load(path, lambda state: files.check_json(state, NanoGPT))
     sizes = {name: found["model_args"].get(name) for name in huggingface.SIZES}
-    bias = found["model_args"].get("bias", True)  # older files lack it
-    config = GPT2Config(**sizes, bias=bias, position="learned", gelu=gelu)
+    sizes["bias"] = found["model_args"].get("bias", True)  # older files lack it
+    config = GPT2Config(**sizes, position="learned", gelu=gelu)
     tensors = {key.removeprefix("_orig_mod."): tensor for key, tensor in found["model"].items()}
     tensors = huggingface.tensors_from_hf(tensors, transposed=())
-    if tokenizer is None and config.vocab_size in (GPT2_SIZE, NANOGPT_PADDED):
+    if tokenizer is not None:
+        tokenizer = load_tokenizer(tokenizer)
+    elif config.vocab_size in (GPT2_SIZE, NANOGPT_PADDED):
         tokenizer = GPT2Tokenizer()
     state = checkpoint.new_state(config, tensors, tokenizer, str(path))
     if tokenizer is None:

@@ -76,13 +76,13 @@ class TokenDataset:
                 flags += f" --input {folder / 'input.txt'}"
             elif (folder / "train.bin").exists():
                 flags = f"--adopt {folder}"
-            command = f"`python prepare_data.py {flags}`"
-            line = f"no data set in --data_dir {folder}; {command} makes one"
-            raise FileNotFoundError(line) from None
+            raise FileNotFoundError(
+                f"no data set in --data_dir {folder}; `python prepare_data.py {flags}` makes one"
+            ) from None
         self.vocab_size = self.meta["vocab_size"]
         self.tokenizer_path = folder / "tokenizer.json"
-        digest = hashlib.sha256(read_bytes(self.tokenizer_path)).hexdigest()
-        if digest != self.meta["tokenizer"]["sha256"]:
+        content, expected = read_bytes(self.tokenizer_path), self.meta["tokenizer"]["sha256"]
+        if hashlib.sha256(content).hexdigest() != expected:
             raise ValueError(f"{self.tokenizer_path} is not the one that meta.json names; {AGAIN}")
         self.train, self.val = self._open("train"), self._open("val")
 
@@ -112,10 +112,10 @@ class TokenDataset:
 
     def require(self, block_size: int, splits=("train", "val")):
         """ValueError unless each split holds at least one window of block_size + 1 tokens."""
-        needed = f"needs {block_size + 1:,} (--block_size {block_size})"
         for split in splits:
             if (count := len(getattr(self, split))) <= block_size:
-                raise ValueError(f"{split} has {count:,} tokens, {needed}")
+                needs = f"needs {block_size + 1:,} (--block_size {block_size})"
+                raise ValueError(f"{split} has {count:,} tokens, {needs}")
 
 
 def windows_at(tokens, starts, block_size, vocab_size=None):
@@ -175,8 +175,8 @@ class BatchSampler:
     def __post_init__(self):
         # as many as fit at the largest offset: the same for every epoch
         self.windows_per_epoch = max(1, len(self.tokens) // self.block_size - 1)
-        slack = len(self.tokens) - 1 - self.windows_per_epoch * self.block_size
-        self.max_offset = min(slack, self.block_size - 1)
+        used = self.windows_per_epoch * self.block_size
+        self.max_offset = min(len(self.tokens) - 1 - used, self.block_size - 1)
 
     def global_micro_step(self, micro_step: int) -> int:
         """This process's micro_step as an index over all processes."""

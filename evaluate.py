@@ -1,17 +1,15 @@
-"""How good a model is: loss on a data set or on a text, HellaSwag, LAMBADA.
+"""How good a model is: loss on a data set or on a text, HellaSwag, LAMBADA (docs/evaluation.md).
 
-    python evaluate.py                      # on what the model was trained with
-    python evaluate.py --task perplexity --file novel.txt --stride 256
-    python evaluate.py --checkpoint gpt2 --task hellaswag lambada --json
-    torchrun --nproc_per_node 8 evaluate.py --task hellaswag
-
-docs/evaluation.md says how each score is defined, and what was published for GPT-2.
+python evaluate.py                      # on what the model was trained with
+python evaluate.py --task perplexity --file novel.txt --stride 256
+python evaluate.py --checkpoint gpt2 --task hellaswag lambada --json
+torchrun --nproc_per_node 8 evaluate.py --task hellaswag
 """
 
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import TypedDict
 
 from checkpoint import ModelOptions, load_model, log_next_generate
@@ -34,11 +33,10 @@ MOST_TEXT = 2 << 30  # bytes of a --file
 
 @torch.no_grad()
 def score(model, rows, batch_size: int) -> np.ndarray:
-    """Scores (rows, 3) on every rank: for each row (ids, first) the nats of ids[first:] in sum,
-    each given all before it, their number, and 1 if each is the most likely token. first >= 1, and
-    the model is in eval mode. Ranks take batches in turn, the same ones for any number of ranks.
+    """Scores (rows, 2) on every rank: for each row (ids, first) the nats of ids[first:], and 1 if
+    each of these is the most likely one, given all before it. first >= 1, the model in eval mode.
     """
-    scores = torch.zeros(len(rows), 3, dtype=torch.float64)
+    scores = torch.zeros(len(rows), 2, dtype=torch.float64)
     with progress("scoring", len(rows), "rows") as advance:
         for number, start in enumerate(range(0, len(rows), batch_size)):
             batch = rows[start : start + batch_size]
@@ -50,25 +48,20 @@ def score(model, rows, batch_size: int) -> np.ndarray:
 
 def score_batch(model, rows, scores):
     tokens = [torch.from_numpy(np.asarray(ids, np.int64)) for ids, _ in rows]
-    idx = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # where no scored token attends
-    idx = idx.to(next(model.parameters()).device)  # (B, T + 1)
+    idx = pad_sequence(tokens, batch_first=True).to(next(model.parameters()).device)  # (B, T + 1)
     hidden = model.hidden(idx[:, :-1])  # (B, T, C)
     for row, (ids, first) in enumerate(rows):  # one by one: the logits of all would be large
         targets = idx[row, first : len(ids)]  # (scored,)
         logits = model.lm_head(hidden[row, first - 1 : len(ids) - 1])  # (scored, V)
         scores[row, 0] = F.cross_entropy(logits, targets, reduction="sum")
-        scores[row, 1] = len(targets)
-        scores[row, 2] = torch.equal(logits.argmax(-1), targets)
+        scores[row, 1] = torch.equal(logits.argmax(-1), targets)
 
 
-def score_windows(model, ids, block_size: int, stride: int, batch_size: int) -> tuple[float, int]:
-    """Nats and number of the scored tokens of ids (N,): each but the very first, once, in windows
-    of block_size tokens that are `stride` apart.
-    """
+def nats_of(model, ids, block_size: int, stride: int, batch_size: int) -> float:
+    """Nats of all ids (N,) but the very first, in windows of block_size tokens, `stride` apart."""
     starts = range(0, max(1, len(ids) - 1 - block_size + stride), stride)
     rows = [(ids[s : s + block_size + 1], block_size + 1 - stride if s else 1) for s in starts]
-    nats, tokens, _ = score(model, rows, batch_size).sum(0).tolist()
-    return nats, int(tokens)
+    return score(model, rows, batch_size)[:, 0].sum().item()
 
 
 def evaluate_split(model, tokenizer, options) -> dict:
@@ -84,15 +77,13 @@ def evaluate_split(model, tokenizer, options) -> dict:
     tokens, text_bytes = getattr(dataset, split), dataset.meta["splits"][split]["bytes"]
     if tokens[at := tokens.argmax()] >= tokenizer.vocab_size:
         raise ValueError(f"{split} of {data_dir}: unknown token id {tokens[at]} at position {at}")
-    windows = (len(tokens) - 1) // block_size
-    whole = np.asarray(tokens[: windows * block_size + 1])
-    nats, scored = score_windows(model, whole, block_size, block_size, options.batch_size)
-    loss = nats / scored
+    whole = tokens[: len(tokens) - (len(tokens) - 1) % block_size]
+    loss = nats_of(model, whole, block_size, block_size, options.batch_size) / (len(whole) - 1)
     return {
         "data_dir": str(dataset.data_dir),
         "split": split,
         "tokens": len(tokens),
-        "windows": windows,
+        "windows": (len(whole) - 1) // block_size,
         "block_size": block_size,
         "loss": loss,
         "perplexity": perplexity(loss),
@@ -110,7 +101,7 @@ def evaluate_text(model, tokenizer, options) -> dict:
     words, ids = len(text.split()), tokenizer.encode_to_numpy(unix_lines(text))  # (N,)
     if words == 0 or len(ids) < 2:  # nothing precedes the first token
         raise ValueError(f"{options.file}: no text in it, or one token only; take more text")
-    nats, tokens = score_windows(model, ids, block_size, stride, options.batch_size)
+    nats, tokens = nats_of(model, ids, block_size, stride, options.batch_size), len(ids) - 1
     return {
         "file": str(options.file),
         "tokens": tokens,
@@ -146,8 +137,8 @@ def evaluate_hellaswag(model, tokenizer, options) -> dict:
     """How often the right ending is the most likely: in all (acc), per token (acc_norm)."""
     path, lines = read_examples("hellaswag", HellaSwag, options.file)
     examples = [(line["ctx"], line["endings"]) for line in lines]
-    nats, tokens, _ = score_endings(model, tokenizer, examples, options.batch_size)  # (examples, 4)
     labels = [line["label"] for line in lines]
+    nats, _, tokens = score_endings(model, tokenizer, examples, options.batch_size)  # (examples, 4)
     return {
         "file": str(path),
         "examples": len(lines),
@@ -159,9 +150,9 @@ def evaluate_hellaswag(model, tokenizer, options) -> dict:
 def evaluate_lambada(model, tokenizer, options) -> dict:
     """How often the last word is guessed, and its perplexity."""
     path, lines = read_examples("lambada", Lambada, options.file)
-    words = [line["text"].rsplit(maxsplit=1) for line in lines]
-    examples = [(context, [word]) for context, word in words]
-    nats, _, greedy = score_endings(model, tokenizer, examples, options.batch_size)  # (examples, 1)
+    texts = (line["text"].rsplit(maxsplit=1) for line in lines)
+    examples = [(context, [word]) for context, word in texts]
+    nats, greedy, _ = score_endings(model, tokenizer, examples, options.batch_size)  # (examples, 1)
     return {
         "file": str(path),
         "examples": len(lines),
@@ -188,8 +179,8 @@ def read_examples(task: str, schema, file: str | None) -> tuple[Path, list[dict]
 
 
 def score_endings(model, tokenizer, examples, batch_size: int) -> np.ndarray:
-    """score's columns for each (context, endings), equally many each: (3, examples, endings). An
-    ending is encoded apart, after a space. A context that is too long loses its beginning.
+    """score's columns and the tokens of each ending: (3, examples, endings), for (context, endings)
+    pairs. An ending is encoded apart, after a space; too long a context loses its beginning.
     """
     block_size, asked, cropped = model.config.block_size, [], 0
     for context, endings in examples:
@@ -204,8 +195,9 @@ def score_endings(model, tokenizer, examples, batch_size: int) -> np.ndarray:
     # equal ones once, lest rounding decide between them; similar lengths together: less padding
     rows = dict.fromkeys(row for rows in asked for row in rows)
     rows = sorted(rows, key=lambda row: -len(row[0]))
-    score_of = dict(zip(rows, score(model, rows, batch_size), strict=True))
-    return np.moveaxis(np.array([[score_of[row] for row in rows] for rows in asked]), -1, 0)
+    found = dict(zip(rows, score(model, rows, batch_size), strict=True))
+    columns = [[(*found[row], len(row[0]) - row[1]) for row in rows] for rows in asked]
+    return np.moveaxis(np.array(columns), -1, 0)
 
 
 # ---------------------------------------------------------------- the command line
@@ -221,7 +213,7 @@ TASKS = {
 @dataclass
 class Options(ModelOptions):
     # what to measure
-    task: list[Literal[*TASKS]] = field(default_factory=lambda: ["val"])  # (default: val)
+    task: list[Literal[*TASKS]] = ("val",)  # one or more; unset: val
     file: str | None = None  # a text, or examples; unset: they are downloaded
     block_size: integer(1) | None = None  # tokens in a window; unset: the model's
     batch_size: integer(1) = 8  # rows at a time
@@ -233,17 +225,14 @@ class Options(ModelOptions):
     stride: integer(1) | None = None  # step of the window; unset: half of it
 
     def conflicts(self):
-        tasks = {"data_dir": "val", "split": "val", "stride": "perplexity"}
-        for name, of in (tasks | {"block_size": "val or perplexity"}).items():
-            if getattr(self, name) is not None and not {*of.split()} & {*self.task}:
-                yield f"--{name}: for --task {of} only"
-        readers = set(self.task) - {"val"}
-        if self.file is None and "perplexity" in readers:
+        of = {"data_dir": {"val"}, "split": {"val"}, "stride": {"perplexity"}}
+        for name, tasks in (of | {"block_size": {"val", "perplexity"}}).items():
+            if getattr(self, name) is not None and tasks.isdisjoint(self.task):
+                yield f"--{name}: not for --task {' '.join(self.task)}"
+        if self.file is None and "perplexity" in self.task:
             yield "--task perplexity: name a text with --file"
-        if self.file is not None and len(readers) != 1:
+        if self.file is not None and len({*self.task} - {"val"}) != 1:
             yield "--file: name the one task that reads it with --task"
-        elif self.file is not None and not Path(self.file).is_file():
-            yield f"--file {self.file}: no such file"
 
 
 def print_result(result: dict, as_json: bool):
@@ -259,7 +248,7 @@ def print_result(result: dict, as_json: bool):
 
 def main(argv=None) -> int:
     options = parse_args(Options, argv, __doc__, "evaluate.py [--task TASK ...] [flags]")
-    device, _ = pick_device(options.device)
+    device = pick_device(options.device)
     set_up_device(device)
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 is for figures that others compare
     dtype = options.dtype or pick_dtype(device)

@@ -10,7 +10,6 @@ import shutil
 import stat
 import sys
 import threading
-import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from options import reason
 
 MOST_JSON = 64 << 20  # bytes; nothing of ours comes near
-TIMEOUT, TRIES, PAUSE = 10, 3, 0.5  # of a download: seconds, number, seconds between two
+TIMEOUT = 10  # seconds that a download may stand still
 
 
 class WriteError(OSError):
@@ -35,45 +34,43 @@ class WriteError(OSError):
 @contextlib.contextmanager
 def atomic_write(path, mode: str = "wb", keep=None):
     """Yield a temporary file that replaces path once it is on disk: fsync, rename, fsync of the
-    folder. keep: a second name under which the old file stays. Raises WriteError. Mode "w" is
-    UTF-8 with \\n at line ends; "folder" yields a folder to fill, which may replace an empty one.
+    folder. keep: a name for the old file. Mode "w" is UTF-8 with \\n at line ends. WriteError.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.tmp")
-    text = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
+    utf8 = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove(aside)  # what a killed run left
-            if mode == "folder":
-                aside.mkdir()
-                yield aside
-            else:  # "x" follows no link that somebody has put there
-                with open(aside, mode.replace("w", "x"), **(text if mode == "w" else {})) as file:
-                    yield file
-            for file in [*aside.iterdir()] if mode == "folder" else [aside]:
-                with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
+            remove(aside)  # what a killed run left; "x" follows no link that somebody puts there
+            with open(aside, mode.replace("w", "x"), **(utf8 if mode == "w" else {})) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
             if keep is not None and path.exists():
-                Path(keep).unlink(missing_ok=True)
-                try:
-                    os.link(path, keep)  # path exists at every moment
-                except OSError:  # a file system without hard links
-                    os.replace(path, keep)
-            if mode == "folder" and path.exists():
-                path.rmdir()  # it is empty; Windows would not replace it
+                os.replace(path, keep)
             os.replace(aside, path)
             fsync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
-            _remove(aside)
+            remove(aside)
 
 
-def _remove(path):
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def fsync_folder(folder):
+    """Make a rename survive a power cut, if the operating system can (Windows cannot)."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        descriptor = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        os.fsync(descriptor)
+
+
+def remove(*paths):
+    """Delete files and whole folders, if they are there, and through no link."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -82,7 +79,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        if isinstance(error, (WriteError, BrokenPipeError)):
+        if isinstance(error, WriteError):
             raise
         line = f"could not write {path}: {error.strerror or error}"
         with contextlib.suppress(OSError):
@@ -108,26 +105,9 @@ def own_folder(path, link: bool = False) -> Path:
 
 def free_name(path) -> Path:
     """path, with underscores appended until nothing has that name."""
-    path = Path(path)
     while os.path.lexists(path):
-        path = path.with_name(f"{path.name}_")
-    return path
-
-
-def fsync_folder(folder):
-    """Make a rename survive a power cut, if the operating system can (Windows cannot)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def clean(folder, pattern: str = ".*.tmp"):
-    """Remove what killed writes left; call it while holding the folder's lock."""
-    for path in Path(folder).glob(pattern):
-        _remove(path)
+        path = f"{path}_"
+    return Path(path)
 
 
 # ---------------------------------------------------------------- reading
@@ -164,7 +144,7 @@ def unix_lines(text: str) -> str:
 
 def read_json(path, schema=dict):
     """A file's JSON, validated against a type; ValueError naming file and field."""
-    return check_json(read_bytes(path).removeprefix(b"\xef\xbb\xbf"), schema, path)
+    return check_json(read_text(path), schema, path)
 
 
 def check_json(content, schema, name=""):
@@ -195,12 +175,10 @@ def lock(folder):
         try:
             held.acquire(timeout=0)
         except filelock.Timeout:
-            holder = "another process"
-            with contextlib.suppress(OSError, ValueError):  # it may have taken the lock just now
-                holder = read_text(note)
-            remedy = "wait for it to end, or choose another folder"
-            raise ValueError(f"{folder} is in use by {holder}; {remedy}") from None
-        clean(folder)
+            holder = read_text(note) if note.is_file() else "another process"
+            line = f"{folder} is in use by {holder}; wait for it to end, or choose another folder"
+            raise ValueError(line) from None
+        remove(*folder.glob(".*.tmp"))
     try:
         with atomic_write(note, "w") as file:
             file.write(f"process {os.getpid()} ({' '.join(sys.argv)[:200]})")
@@ -231,21 +209,18 @@ def download(address: str, sha256: str, path):
     """Download address to path atomically. Raises ValueError with the reason, WriteError."""
     import requests  # takes a tenth of a second
 
-    for attempt in range(TRIES):
-        time.sleep(PAUSE * attempt)
-        try:
-            response = requests.get(address, timeout=TIMEOUT)
-            response.raise_for_status()
-            content = response.content
-            if hashlib.sha256(content).hexdigest() == sha256:
-                with atomic_write(path) as file:
-                    file.write(content)
-                return
-            problem = f"another file came, {len(content):,} bytes with a wrong sha256"
-        except requests.RequestException as error:
-            cause = getattr(error.args[0], "reason", error) if error.args else error
-            problem = str(cause).rpartition("): ")[2]  # without the connection's own name
-    raise ValueError(problem)
+    session = requests.Session()
+    session.mount(address, requests.adapters.HTTPAdapter(max_retries=2))
+    try:
+        response = session.get(address, timeout=TIMEOUT)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        cause = str(error).rpartition("): ")[2].removesuffix('"))')  # not the connection's name
+        raise ValueError(cause) from None
+    if hashlib.sha256(content := response.content).hexdigest() != sha256:
+        raise ValueError(f"another file came, {len(content):,} bytes with a wrong sha256")
+    with atomic_write(path) as file:
+        file.write(content)
 
 
 def optional(package: str, requirements: str = "requirements-hub.txt"):
@@ -259,7 +234,7 @@ def optional(package: str, requirements: str = "requirements-hub.txt"):
 @contextlib.contextmanager
 def hub(repository: str, again: str):
     """Yield huggingface_hub; its errors become one-line ValueErrors. again: what to run then."""
-    library, errors = optional("huggingface_hub"), optional("huggingface_hub.errors")
+    library, errors = map(optional, ("huggingface_hub", "huggingface_hub.errors"))
     try:
         yield library
     except errors.RepositoryNotFoundError as error:  # a private or gated one, too
@@ -268,6 +243,5 @@ def hub(repository: str, again: str):
     except Exception as error:  # networks fail in many ways
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise  # the disk is full
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         remedy = f"{again} tries again; HF_ENDPOINT sets a mirror, HF_HUB_OFFLINE=1 reads the cache"
-        raise ValueError(f"{repository}: the transfer failed, {remedy}: {first}") from error
+        raise ValueError(f"{repository}: the transfer failed, {remedy}: {error!r:.300}") from error

@@ -14,15 +14,14 @@ import os
 import sys
 import time
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from pathlib import Path
 
 from checkpoint import ModelOptions, load_model, log_next_generate
 from files import atomic_write, read_text, unix_lines
 from logger import log, log_row, run, show
-from options import describe_fields, parse_args, typed, validate
+from options import describe_fields, parse_args, validate
 from quantize import pack_linears
-from sampling import Sampling, generate_texts, stream_text
+from sampling import Sampling, generate_texts
 from sampling import sample_text as sample_text  # for notebooks: from generate import sample_text
 from utils import out_of_memory, peak_mb
 
@@ -41,10 +40,10 @@ class Options(Sampling, ModelOptions):
 
     def conflicts(self):
         sources = [n for n in ("prompt", "interactive", "prompts_file") if getattr(self, n)]
-        for first, second in pairwise(sources):
-            yield f"--{second}: not allowed with --{first}"
+        if len(sources) > 1:
+            yield f"--{sources[1]}: not allowed with --{sources[0]}"
         if self.interactive and self.output is not None:
-            yield "--output: not with --interactive"
+            yield "--output: not allowed with --interactive"
 
 
 def main(argv=None) -> int:
@@ -58,8 +57,9 @@ def main(argv=None) -> int:
         prompts = [line for line in unix_lines(read_text(path)).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts_file {path}: holds no prompt; it needs one per line")
-    remedy = "fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
-    with out_of_memory(remedy):
+    with out_of_memory(
+        "fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
+    ):
         model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
         pack_linears(model, min(len(prompts) * options.num_samples, BATCH_SIZE))
         log_row("sampling", describe(options))
@@ -67,8 +67,7 @@ def main(argv=None) -> int:
             interact(model, tokenizer, options)
         else:
             show_texts(model, tokenizer, prompts, options)
-    if not options.interactive and options.output is None:
-        log_next_generate(options.checkpoint, options.device, options.dtype)
+            log_next_generate(options.checkpoint, options.device, options.dtype)
     return 0
 
 
@@ -76,30 +75,21 @@ def describe(sampling) -> str:
     """The settings in force, on one line; those that are off by default only if changed."""
     pairs = [(f, getattr(sampling, f.name)) for f in fields(Sampling)]
     on = [(f.name, value) for f, value in pairs if value != f.default or value not in (None, 1)]
-    return ", ".join(f"{name} {shown(value)}" for name, value in on)
-
-
-def shown(value) -> str:
-    return "none" if value is None else repr(value)
+    return ", ".join(f"{name} {value!r}" for name, value in on)
 
 
 def show_texts(model, tokenizer, prompts, options):
-    """Write the texts to --output; or stream a single text, print several one after another."""
+    """Write the texts to --output, or print them: a text alone in its batch as it is generated."""
     start, times = time.perf_counter(), []
     texts = generate_texts(model, tokenizer, prompts, options, BATCH_SIZE, times)
     if options.output is not None:
         write_texts(options.output, texts)
-    elif len(prompts) * options.num_samples == 1:
-        pieces = stream_text(model, tokenizer, prompts, options, times=times)
-        for number, [piece] in enumerate(pieces):
-            show(piece, "" if number else "bold")
-        show("\n")
     else:
-        for number, text in enumerate(texts):
-            prompt = prompts[number // options.num_samples]
+        for number, pieces in enumerate(texts):
             show(SEPARATOR if number else "")
-            show(prompt, "bold")
-            show(f"{text[len(prompt) :]}\n")
+            for place, piece in enumerate(pieces):
+                show(piece, "" if place else "bold")
+            show("\n")
     if options.stats and times:
         seconds, memory = times[-1] - start, peak_mb(next(model.parameters()).device) or 0
         speed = f"{len(times):,} tokens in {seconds:.2f} s, {len(times) / seconds:,.1f} a second"
@@ -120,16 +110,16 @@ def batch_generate(
     model, tokenizer = load_model(checkpoint, device, dtype)
     pack_linears(model, min(batch_size, len(prompts) * sampling.num_samples))
     texts = generate_texts(model, tokenizer, prompts, sampling, batch_size)
-    return list(texts) if output_file is None else write_texts(output_file, texts)
+    return [*map("".join, texts)] if output_file is None else write_texts(output_file, texts)
 
 
 def write_texts(path, texts) -> list[str]:
-    """Write texts to path as they arrive, atomically; return them."""
+    """Write texts, each in pieces, to path as they arrive, atomically; return them."""
     path, written = Path(os.path.realpath(path)), []  # a link stays a link
     if path.exists() and not path.is_file():
         raise ValueError(f"--output {path}: not a regular file")
     with atomic_write(path, "w") as file:
-        for text in texts:
+        for text in map("".join, texts):
             file.write(f"{SEPARATOR if written else ''}{text}\n")
             written.append(text)
     log_row("wrote", f"{len(written)} text{'s' * (len(written) != 1)} to {path}", "green")
@@ -137,7 +127,6 @@ def write_texts(path, texts) -> list[str]:
 
 
 # ---------------------------------------------------------------- interactive
-
 
 HELP = """\
 Every line is continued on its own: nothing of earlier lines is remembered.
@@ -153,13 +142,13 @@ def interact(model, tokenizer, sampling):
     log_row("how", "type a line, the model continues it; /help for more, Ctrl-D leaves")
     with contextlib.suppress(ImportError):  # not available on Windows
         import readline  # noqa: F401  (input() then edits the line and knows the earlier ones)
-    prompt = None
-    while (line := read_line()) is not None and line.strip() != "/quit":
+    prompt = ""
+    while (line := read_line("\n> ")) is not None and line.strip() != "/quit":
         while line.endswith("\\"):
             line = f"{line[:-1]}\n{read_line('. ') or ''}"
         try:
-            if line.startswith("/") and (line.strip() != "/again" or prompt is None):
-                sampling = command(line, sampling)
+            if line.startswith("/") and line.strip() != "/again":
+                command(line, sampling)
                 continue
             prompt = prompt if line.strip() == "/again" else line
             this, sampling = sampling, replace(sampling, seed=sampling.seed + 1)
@@ -170,40 +159,31 @@ def interact(model, tokenizer, sampling):
             show("\n")
 
 
-def read_line(ask="\n> ") -> str | None:
+def read_line(ask) -> str | None:
     """The next line of input, None at its end. A person is asked for it."""
-    if sys.stdin is None:  # closed by the caller
-        return None
-    person = sys.stdin.isatty()
-    if person and not sys.stdout.isatty():  # input() would write its prompt among the results
-        print(ask, end="", file=sys.stderr, flush=True)
+    person = sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()
     try:
-        return input(ask if person and sys.stdout.isatty() else "")
-    except EOFError:
+        return input(ask if person else "")
+    except (EOFError, RuntimeError):  # RuntimeError: stdin was closed by the caller
         if person:
             log()  # so that the shell's prompt starts a new line
         return None
 
 
-def command(line: str, sampling: Sampling) -> Sampling:
-    """Run a /command; returns the settings that apply from then on."""
+def command(line: str, sampling: Sampling):
+    """Run a /command, which may change a setting."""
     word, name, text = [*line.strip().split(maxsplit=2), "", ""][:3]
-    comments = {name: comment for name, (_, comment) in describe_fields(Sampling).items()}
-    if word == "/set":
-        if name not in comments or not text:
-            raise ValueError(f"/set NAME VALUE, where NAME is one of {', '.join(comments)}")
-        values, found = typed(Sampling, {name: text})
-        if found:
-            raise ValueError(found[0].replace("--", "/set ", 1))
-        sampling = replace(sampling, **values)
+    notes = describe_fields(Sampling)
+    if word == "/set" and name in notes:
+        changed = replace(sampling, **{name: text})
+        validate(changed)
+        vars(sampling).update(vars(changed))
         log_row("sampling", describe(sampling))
     elif word == "/help":
-        log(HELP)
-        for name, comment in comments.items():
-            log(f"{name:<15} {shown(getattr(sampling, name)):<6} {comment}")
+        rows = [f"{name:<15} {getattr(sampling, name)!r:<6} {notes[name][1]}" for name in notes]
+        log("\n".join([HELP, *rows]))
     else:
-        raise ValueError(f"{word}: no such command, or nothing before it; /help lists them")
-    return sampling
+        raise ValueError(f"{word} {name}: no such command or setting; /help lists them")
 
 
 if __name__ == "__main__":

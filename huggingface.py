@@ -6,7 +6,7 @@ Nothing is unpickled: config and tokenizer are JSON, weights are safetensors.
 import hashlib
 import json
 import re
-import shutil
+from itertools import islice
 from pathlib import Path
 
 import tokenizers
@@ -14,7 +14,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 
 import files
-from config import GPT2_CONFIGS, MODEL_FIELDS, GPT2Config, dtype_name
+from config import GPT2_CONFIGS, MODEL_FIELDS, GPT2Config
 from logger import log_row
 from options import problems
 from tokenizer import END_OF_TEXT, MOST_SPECIAL, GPT2Tokenizer, load_tokenizer
@@ -28,11 +28,11 @@ GPT2_TOKENS = "0ffec638c558c04f8109a85e6f929045ccc4dfd3c19dacd20700b60cef5b5575"
 SIZES = {"block_size": "n_positions"} | {  # ours: theirs
     name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")
 }
-SAME = {"gelu_new": "gelu_pytorch_tanh"}  # two names there of one function
-HUB_NAMES = {name: f"openai-community/{name}" for name in GPT2_CONFIGS if "gpt2" in name}
-HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-HUB_FILES = ("config.json", "model*.safetensors*", "tokenizer_config.json", *TOKENIZER_FILES)
+HUB_NAMES = {"distilgpt2": "distilbert/distilgpt2"} | {
+    name: f"openai-community/{name}" for name in GPT2_CONFIGS if "gpt2" in name
+}
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+HUB_FILES = ("config.json", "model*.safetensors*", *TOKENIZER_FILES)
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"  # org/name
 
 
@@ -52,31 +52,29 @@ def download_model(repo: str) -> Path:
 def upload(folder: Path, repo: str) -> str:
     """Put a folder's files into a repository, made if there is none, as one commit; its address."""
     with files.hub(repo, f"`hf upload {repo} {folder}`") as hub:
-        api = hub.HfApi()
-        address = api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model")
+        address = hub.create_repo(repo, exist_ok=True)
+        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a model")
     return str(address)
 
 
 def read_hf(folder: Path, name: str):
-    """Config, tensors, unchecked, and tokenizer, None if none of ours does the same, of a folder
+    """Config, tensors (unchecked) and tokenizer (None if none of ours does the same) of a folder
     that transformers has written. name: what messages call it.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name}: a folder with no config.json; name a checkpoint's .pt file")
     config = config_from_hf(files.read_json(folder / "config.json"), name)
     safetensors, torch_files = map(files.optional, ("safetensors", "safetensors.torch"))
-    paths = [*folder.glob("model.safetensors")] or [*folder.glob("model-*-of-*.safetensors")]
-    if not paths:
-        remedy = "transformers' save_pretrained makes one of a pickle (pytorch_model.bin) you trust"
-        raise ValueError(f"{name}: no model.safetensors; {remedy}")
     tensors = {}
-    for path in paths:  # a shard that is missing shows as missing tensors
+    for path in sorted(folder.glob("model*.safetensors")):  # shards, then model.safetensors
         files.open_file(path).close()  # not a FIFO, which would never end
         try:
             tensors |= torch_files.load_file(path)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{name}: {path.name} is damaged or cut short ({error})") from None
+    if not tensors:
+        remedy = "transformers' save_pretrained makes one of a pickle (pytorch_model.bin) you trust"
+        raise ValueError(f"{name}: no model.safetensors; {remedy}")
     return config, tensors_from_hf(tensors), read_hf_tokenizer(folder, config.vocab_size)
 
 
@@ -87,9 +85,11 @@ def config_from_hf(found: dict, name: str) -> GPT2Config:
     gelu = "exact" if found.get("activation_function") == "gelu" else "tanh"
     config = GPT2Config(**sizes, bias=True, position="learned", gelu=gelu)
     lines = [problem.removeprefix("--") for problem in problems(config)]
-    for key, value in config_to_hf(config).items():
-        if found.get(key, value) not in (value, SAME.get(value, value)):
-            lines.append(f"{key} {found[key]!r}, only {value} can be converted")
+    lines += [
+        f"{key} {found[key]!r}, only {value} can be converted"
+        for key, value in config_to_hf(config).items()
+        if found.get(key, value) != value
+    ]
     if lines:
         raise ValueError("\n".join(f"{name}: config.json: {line}" for line in lines))
     return config
@@ -112,48 +112,45 @@ def tensors_from_hf(found: dict, transposed=TRANSPOSED) -> dict:
     """Tensors by our names, in our layout; files may leave out the head, which is tied."""
     tensors = {}
     for key, tensor in found.items():
-        if key.endswith(transposed):
-            tensor = tensor.transpose(0, -1).contiguous()
         if not key.endswith(BUFFERS):
             is_ours = key.startswith(("transformer.", "lm_head."))
+            is_other = key.endswith(transposed)
+            tensor = tensor.transpose(0, -1).contiguous() if is_other else tensor
             tensors[key if is_ours else f"transformer.{key}"] = tensor
     return {HEAD: tensors[EMBEDDING], **tensors} if EMBEDDING in tensors else tensors
 
 
-def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer, card: str) -> list[str]:
-    """Write a folder for transformers and whatever reads its format; returns the files' names."""
-    safetensors, torch_files = map(files.optional, ("safetensors", "safetensors.torch"))
-    theirs = tensors_to_hf(config, tensors)
+def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer):
+    """Write a folder for transformers and whatever reads its format, config.json last."""
+    to_bytes, theirs = files.optional("safetensors.torch").save, tensors_to_hf(config, tensors)
     eot_id = None if tokenizer is None else tokenizer.eot_id
     ends = {"bos_token_id": eot_id, "eos_token_id": eot_id}
-    fields = config_to_hf(config) | {"dtype": dtype_name(tensors[EMBEDDING].dtype)} | ends
-    fields |= {f"{part}_pdrop": config.dropout for part in ("attn", "embd", "resid")}
-    fields |= {"architectures": ["GPT2LMHeadModel"], "n_ctx": config.block_size}  # for llama.cpp
-    written = {"config.json": fields, "generation_config.json": ends}
+    written = {"generation_config.json": ends}
     if tokenizer is not None:
         written["tokenizer.json"] = json.loads(tokenizer_to_hf(tokenizer).to_str())
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        settings |= {"clean_up_tokenization_spaces": False, "model_max_length": config.block_size}
-        if eot_id is not None:  # <unk> never occurs, but CTranslate2 asks for one
-            settings |= {f"{name}_token": tokenizer.eot for name in ("bos", "eos", "unk")}
-        written["tokenizer_config.json"] = settings
-    texts = {n: json.dumps(v, indent=2, ensure_ascii=False) + "\n" for n, v in written.items()}
-    texts["README.md"] = card
-    with files.atomic_write(folder, "folder") as aside:
-        try:
-            weights = aside / "model.safetensors"
-            torch_files.save_file(theirs, weights, {"format": "pt"})
-        except safetensors.SafetensorError as error:
-            raise OSError(str(error)) from error
-        for name, text in texts.items():
-            (aside / name).write_text(text, "utf-8", newline="\n")
-        shutil.copymode(aside / "config.json", weights)  # safetensors: 0600
-    return ["model.safetensors", *texts]
+        # <unk> never occurs, but CTranslate2 asks for one
+        names = () if eot_id is None else ("bos_token", "eos_token", "unk_token")
+        written["tokenizer_config.json"] = dict.fromkeys(names, tokenizer.eot) | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config.block_size,
+        }
+    written["config.json"] = (
+        config_to_hf(config)
+        | ends
+        | {f"{part}_pdrop": config.dropout for part in ("attn", "embd", "resid")}
+        | {"architectures": ["GPT2LMHeadModel"], "n_ctx": config.block_size}  # for llama.cpp
+    )
+    with files.atomic_write(folder / "model.safetensors") as file:
+        file.write(to_bytes(theirs, {"format": "pt"}))
+    for name, fields in written.items():
+        with files.atomic_write(folder / name, "w") as file:
+            json.dump(fields, file, indent=2, ensure_ascii=False)
 
 
 def tensors_to_hf(config: GPT2Config, tensors: dict, transposed=TRANSPOSED) -> dict:
-    """Our tensors without the head, which is tied, and transposed where the names end so; missing
-    biases are zeros. ValueError for what GPT-2 is not in other programs.
+    """Our tensors in their layout, without the head, which is tied; missing biases are zeros.
+    ValueError for what GPT-2 is not in other programs.
     """
     for name in set(MODEL_FIELDS) - {*SIZES, "bias", "gelu"}:  # which they have, too
         if (value := getattr(config, name)) != GPT2_CONFIGS["gpt2"][name]:
@@ -184,82 +181,74 @@ def tokenizer_to_hf(tokenizer) -> tokenizers.Tokenizer:
     made = tokenizers.Tokenizer(models.BPE(ids, list(merges)))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    special = sorted(tokenizer.special, key=tokenizer.special.get)
-    made.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in special])
+    made.add_special_tokens(list(tokenizer.special))
     return made
 
 
 def read_hf_tokenizer(folder: Path, vocab_size: int):
     """The folder's tokenizer as one of ours; None, with a line that says why, if none is the same.
-    Without any tokenizer files a vocabulary of 50,257 is GPT-2's.
+    Without any files a vocabulary of 50,257 is GPT-2's.
     """
-    whole, vocab, merges = [folder / name for name in TOKENIZER_FILES]
-    if not any(path.is_file() for path in (whole, vocab, merges)):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return GPT2Tokenizer() if vocab_size == GPT2_SIZE else None
     try:
-        if whole.is_file():
-            spec = files.read_json(whole)
-        else:  # the older form of a byte-level BPE
-            lines = files.unix_lines(files.read_text(merges)).split("\n")
-            pairs = [line for line in lines if line and not line.startswith("#version")]
-            model = {"vocab": files.read_json(vocab), "merges": pairs}
-            end = {"content": END_OF_TEXT, "id": len(model["vocab"]), "special": True}
-            spec = {"model": model, "added_tokens": [end], "decoder": {"type": "ByteLevel"}}
-            spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False}
-        path = folder / "tokenizer_config.json"
-        settings = files.read_json(path) if path.is_file() else {}
-        return tokenizer_from_hf(spec, settings, vocab_size)
+        return tokenizer_from_hf(folder, vocab_size)
     except Exception as error:  # nothing is known of what is in there
         log_row("tokenizer", f"left out: {error}")
         return None
 
 
-def tokenizer_from_hf(spec: dict, settings: dict, vocab_size: int):
-    """Our tokenizer for a tokenizer.json and its settings; an error unless ours, written out again,
-    is the same part by part. Ids without a token become special ones, which no text is encoded to.
+def tokenizer_from_hf(folder: Path, vocab_size: int):
+    """A folder's tokenizer as one of ours; an error unless that is the same, written out again.
+    Ids without a token become special ones, which no text is encoded to.
     """
-    if flags := [name for name in ("add_prefix_space", "add_bos_token") if settings.get(name)]:
-        raise ValueError(f"{' and '.join(flags)} is set")
-    theirs, vocab = _parts(spec), spec["model"]["vocab"]
-    ids = theirs["vocab"]
-    new = iter(range(len(vocab), vocab_size))  # the library's ids, whatever the file says
-    added = dict.fromkeys(token["content"] for token in spec["added_tokens"] if token["content"])
-    special = {text: vocab[text] if text in vocab else next(new, vocab_size) for text in added}
-    special = {text: i for text, i in special.items() if i < vocab_size}
-    most = min(vocab_size, len(ids) + len(special) + MOST_SPECIAL + 1)  # size may be any number
-    unused = set(range(most)) - set(ids.values()) - set(special.values())
-    if not vocab_size - len(ids) - len(special) == len(unused) <= MOST_SPECIAL:
+    whole, vocab, merges, path = [folder / name for name in TOKENIZER_FILES]
+    settings = files.read_json(path) if path.is_file() else {}
+    if whole.is_file():
+        spec = files.read_json(whole)
+    else:  # the older form of a byte-level BPE
+        pairs = files.read_text(merges).splitlines()[1:]  # after the version
+        spec = {"model": {"vocab": files.read_json(vocab), "merges": pairs}}
+        spec["pre_tokenizer"] = spec["decoder"] = {"type": "ByteLevel", "add_prefix_space": False}
+        spec["added_tokens"] = [{"content": END_OF_TEXT, "special": True}]
+    theirs, ids = _parts(spec), spec["model"]["vocab"]
+    for token in spec["added_tokens"]:  # the library numbers new ones, whatever the file says
+        ids.setdefault(token["content"], len(ids))
+    names, plain = {i: text for text, i in ids.items()}, set(theirs["vocab"].values())
+    others = islice((i for i in range(vocab_size) if i not in plain), MOST_SPECIAL)
+    special = {names.get(i, f"<|unused {i}|>"): i for i in others}
+    if len(plain) + len(special) != vocab_size:
         raise ValueError(f"it has {len(ids):,} tokens, the model {vocab_size:,}")
-    special |= {f"<|unused {i}|>": i for i in sorted(unused)}
-    tokens, eot = sorted(ids, key=ids.get), settings.get("eos_token", END_OF_TEXT)
-    eot = str(eot.get("content") if isinstance(eot, dict) else eot)
-    fields = {"kind": "bpe", "tokens": " ".join(tokens), "special": special, "eot": eot}
-    is_gpt2 = hashlib.sha256(fields["tokens"].encode()).hexdigest() == GPT2_TOKENS
-    if theirs["type"] == "WordLevel":
-        fields = {"kind": "char", "characters": tokens}
-    elif is_gpt2 and special == {END_OF_TEXT: GPT2_SIZE - 1}:
-        fields = {"kind": "gpt2", "tokens": fields["tokens"]}
-    made = load_tokenizer({"format": 1} | fields)
+    tokens = sorted(theirs["vocab"], key=ids.get)
+    fields = {"format": 1, "kind": "char", "characters": tokens}
+    if theirs["type"] == "BPE":
+        spelt, eot = " ".join(tokens), settings.get("eos_token", END_OF_TEXT)
+        is_gpt2 = hashlib.sha256(spelt.encode()).hexdigest() == GPT2_TOKENS
+        fields = {"format": 1, "kind": "gpt2" if is_gpt2 else "bpe", "tokens": spelt}
+        fields |= {"special": special, "eot": eot["content"] if isinstance(eot, dict) else eot}
+    made = load_tokenizer(fields)
     ours = _parts(json.loads(tokenizer_to_hf(made).to_str()))
-    if other := [name for name in ours | theirs if theirs.get(name) != ours.get(name)]:
+    theirs |= {n: True for n in ("add_prefix_space", "add_bos_token") if settings.get(n)}
+    if other := [name for name in theirs if theirs[name] != ours.get(name)]:
         raise ValueError(f"its {', '.join(other)} cannot be had here exactly")
     return made
 
 
-def _parts(spec):
-    """What in a tokenizer.json makes ids of text, and text of ids; what is off may be missing."""
-    parts = {"type": "BPE", "merges": [], "pre_tokenizer": {}, "decoder": {}, "post_processor": {}}
-    parts |= {name: value for name, value in (spec | spec["model"]).items() if value}
-    if parts["type"] not in ("BPE", "WordLevel"):
-        raise ValueError(f"its model is {parts['type']}")
-    for name in ("version", "truncation", "padding", "model", "unk_token"):
-        parts.pop(name, None)
-    special = {token["content"] for token in spec["added_tokens"]}
-    parts["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
-    parts["vocab"] = {text: i for text, i in parts["vocab"].items() if text not in special}
-    parts["merges"] = [p.split(" ") if isinstance(p, str) else p for p in parts["merges"]]
-    parts["pre_tokenizer"] = {"use_regex": True} | parts["pre_tokenizer"] | {"trim_offsets": None}
-    parts["decoder"] = parts["decoder"].get("type")
-    if parts["post_processor"].get("type") == "ByteLevel":
-        parts["post_processor"] = {}  # it only moves offsets
-    return parts
+def _parts(spec: dict) -> dict:
+    """What in a tokenizer.json makes ids of text, and text of ids."""
+    model, kind, added = spec["model"], spec["model"].get("type", "BPE"), spec["added_tokens"]
+    if kind not in ("BPE", "WordLevel"):
+        raise ValueError(f"its model is {kind}")
+    special = {token["content"] for token in added if token["special"]}
+    before, after = spec.get("pre_tokenizer") or {}, spec.get("post_processor") or {}
+    return {name: value for name, value in model.items() if value} | {
+        "type": kind,
+        "unk_token": None,
+        "vocab": {text: i for text, i in model["vocab"].items() if text not in special},
+        "merges": [p.split(" ") if isinstance(p, str) else p for p in model.get("merges", [])],
+        "added_tokens": [token for token in added if not token["special"]],
+        "normalizer": spec.get("normalizer"),
+        "pre_tokenizer": {"use_regex": True} | before | {"trim_offsets": None},
+        "decoder": (spec.get("decoder") or {}).get("type"),
+        "post_processor": after if after.get("type") != "ByteLevel" else {},  # it moves offsets
+    }

@@ -1,9 +1,6 @@
-"""What a person reads: results on stdout; messages and progress, of rank 0 alone, on stderr; exit
-codes; and the log of a run.
-"""
+"""What a person reads: results on stdout, rank 0's messages on stderr, exit codes, a run's log."""
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -20,7 +17,8 @@ from typing import Annotated
 
 from pydantic import Field, FiniteFloat
 from rich.console import Console, ConsoleDimensions
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 from typing_extensions import TypedDict
 
@@ -47,9 +45,7 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-# no colours, nor bold, where NO_COLOR is set (https://no-color.org)
-STYLE = {"color_system": None if os.environ.get("NO_COLOR") else "auto", "highlight": False}
-stdout, stderr = (_Console(stderr=there, force_jupyter=False, **STYLE) for there in (False, True))
+stdout, stderr = (_Console(stderr=s, force_jupyter=False, highlight=False) for s in (False, True))
 
 
 def rank() -> int:
@@ -81,20 +77,17 @@ def log(text="", label="", style="", console=stderr, fold=True, every_rank=False
     if fold and console.is_terminal:
         width = max(20, console.width - len(label))
         wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
-        whole = [re.sub("`.*?`", lambda part: part[0].replace(" ", "\0"), line) for line in lines]
-        lines = [part.replace("\0", " ") for line in whole for part in wrapper.wrap(line) or [""]]
+        wrapper.wordsep_simple_re = re.compile(r"(`.*?`|\s+)")  # a `command` is one word
+        lines = [part for line in lines for part in wrapper.wrap(line) or [""]]
     text = f"\n{' ' * len(label)}".join(lines)
     console.print(Text.assemble((label, style), (text, "" if fold else "bold")), soft_wrap=True)
 
 
-def log_row(label: str, text: str, style: str = "dim", console=stderr):
-    """`label      text`: the form of headers and summaries; on stdout if they are results."""
-    log(text, f"{label:<10} ", style, console)
-
-
-def log_next(*commands: str, console=stderr):
-    """Log the next commands to type, one per line and never wrapped, ready to paste."""
-    log("\n".join(commands), f"{'next':<10} ", "dim", console, fold=False)
+def log_row(label: str, text: str, style: str = "dim", console=stderr, fold=True):
+    """`label      text`: the form of headers and summaries, and, with fold=False, of commands to
+    paste; on stdout if they are results.
+    """
+    log(text, f"{label:<10} ", style, console, fold)
 
 
 def warn(message: str):
@@ -117,21 +110,20 @@ def show(text: str, style: str = ""):
 
 def command_for(script: str, *words) -> str:
     """The command that runs one of our scripts from the current folder with this Python."""
-    return quoted(from_here(sys.executable), from_here(Path(__file__).with_name(script)), *words)
+    paths = Path(sys.executable), Path(__file__).with_name(script)
+    return quoted(*map(from_here, paths), *words)
 
 
 def quoted(*words) -> str:
     """Words as a command line, quoted for this system's shell."""
-    words = [str(word) for word in words]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(map(str, words))
 
 
-def from_here(path):
+def from_here(path: Path):
     """path as typed: relative to the current folder, or its name alone if that is on PATH."""
-    path, here = Path(path), Path.cwd()
     if shutil.which(path.name) == str(path) or not path.exists():
         return path.name.removesuffix(".exe")
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def human_time(seconds: float) -> str:
@@ -150,40 +142,35 @@ def perplexity(loss: float) -> float:
 @contextlib.contextmanager
 def progress(label: str, total: int | None, unit: str, done: int = 0):
     """Yield a function to report progress to: a live line, or a line every LINE_SECONDS."""
-    label, shown = visible(label), time.monotonic()
-    name = TextColumn("{task.description}", markup=False)  # a file may be called [x]
+    shown = time.monotonic()
     count = "{task.completed:,.0f}" + (" / {task.total:,.0f}" if total else "") + f" {unit}"
-    with _live(name, BarColumn(None), count, TimeRemainingColumn()) as bar:
-        bar.add_task(label, total=total, completed=done)
+    with _live("{task.description}", BarColumn(None), count, TimeRemainingColumn()) as bar:
+        bar.add_task(escape(visible(label)), total=total, completed=done)
         (task,) = bar.tasks
 
         def advance(amount):
             nonlocal shown
             bar.advance(task.id, amount)
             if bar.disable and time.monotonic() - shown >= LINE_SECONDS:
-                shown, of = time.monotonic(), ""
-                if total:
-                    left = task.elapsed / max(1, task.completed - done) * task.remaining
-                    of = f" of {total:,} {unit}, {human_time(left)} left"
-                log(f"{label}: {task.completed:,}{of}")
+                shown = time.monotonic()
+                log(f"{label}: {count.format(task=task)}")
 
         yield advance
 
 
 def _live(*columns):
-    """A live line on stderr."""
-    hidden = rank() > 0 or not stderr.is_terminal
-    alone = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
-    return Progress(*columns, console=stderr, disable=hidden, **alone)
+    """A live line on stderr, which estimates the time left from the last 1,000 updates."""
+    settings = {"console": stderr, "transient": True, "speed_estimate_period": 1e9}
+    settings |= {"redirect_stdout": False, "redirect_stderr": False}
+    return Progress(*columns, disable=rank() > 0 or not stderr.is_terminal, **settings)
 
 
 # ---------------------------------------------------------------- exit codes
 
 
 def run(main, argv=None) -> int:
-    """Call a script's main and turn what it raises into an exit code and `error: ...` lines:
-    2 bad input (ValueError, a file that cannot be read), 130 Ctrl-C, 0 a closed pipe, 4 any other
-    OSError; the `exit_code` of our own exceptions' classes goes first. --debug adds the traceback.
+    """A script's main; what it raises becomes an exit code and `error: ...` lines: the error's own
+    exit_code, or 2 for bad input, 4 for any other OSError, 130 for Ctrl-C, 0 for a closed pipe.
     """
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # `>&-`
     for stream in (sys.stdout, sys.stderr):
@@ -218,8 +205,8 @@ def _show_error(error, code):
     elif os.environ.get("LOCAL_RANK", "0") != "0":
         return
     text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if getattr(error, "filename", None):
+        text = f"{error.filename}: {error.strerror}"
     for line in text.splitlines():
         log(line[:1000], label, "red", every_rank=True)  # a file's content may be in it
 
@@ -239,22 +226,19 @@ class Record(TypedDict, extra_items=FiniteFloat | None):
 
 @contextlib.contextmanager
 def open_run(log_dir, checkpoint_dir, name: str | None, step: int, run_name: str | None = None):
-    """Lock a run's folder; yield its name and the records up to step. name: the run to continue,
-    None for a new one; run_name: what its user calls it. A folder belongs to one checkpoint_dir:
-    a copied checkpoint_dir continues in a new folder.
+    """Lock a run's folder; yield its name and its records up to step. name: the run to continue, if
+    any; run_name: what its user calls it. A copied checkpoint_dir continues in a new folder.
     """
-    files.own_folder(log_dir, link=True)
-    dated = Path(log_dir, time.strftime("%Y-%m-%d_%H-%M-%S"))
-    before = folder = Path(log_dir, name) if name else files.free_name(dated)
-    owner = here = os.path.realpath(checkpoint_dir)
-    with contextlib.suppress(OSError, ValueError):
-        owner = files.read_text(before / OWNER)
+    here = os.path.realpath(checkpoint_dir)
+    log_dir = files.own_folder(log_dir, link=True)
+    dated = files.free_name(log_dir / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    before = log_dir / name if name else dated
+    is_copy = (before / OWNER).is_file() and files.read_text(before / OWNER) != here
+    folder = dated if is_copy else before
     if run_name not in (None, name):
-        folder = Path(log_dir, run_name)
+        folder = log_dir / run_name
         if (folder / "metrics.jsonl").exists():
             raise ValueError(f"--run_name {run_name}: {folder} holds a run; choose another name")
-    elif owner != here:
-        folder = files.free_name(dated)
     if name and folder != before:
         log_row("run", f"{folder} goes on from step {step:,} of {before}, which stays as it is")
     with files.lock(files.own_folder(folder)):
@@ -263,9 +247,9 @@ def open_run(log_dir, checkpoint_dir, name: str | None, step: int, run_name: str
         path, records = before / "metrics.jsonl", []
         try:
             content = files.read_bytes(path, most=1 << 28) if path.exists() else b""
-            for number, line in enumerate(io.BytesIO(content), start=1):
-                if line.endswith(b"\n"):  # half a line at the end is what a kill may leave
-                    records.append(files.check_json(line, Record, f"{path}, line {number}"))
+            whole = content[: content.rfind(b"\n") + 1]  # a kill may leave half a line
+            for number, line in enumerate(whole.splitlines(), 1):
+                records.append(files.check_json(line, Record, f"{path}, line {number}"))
         except (OSError, ValueError) as error:
             if folder == before:
                 aside = files.free_name(f"{path}.damaged")
@@ -280,32 +264,29 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, records: list[dict], step: int, total: int):
-        self.folder, self.records, self.total = folder, records, total
-        self.first_step, self.files = step, []
-        self.seconds_before = records[-1]["seconds"] if records else 0.0
+        self.folder, self.records, self.first_step, self.total = folder, records, step, total
+        self.metrics = folder / "metrics.jsonl"
+        self.events = folder / f"events.out.tfevents.{time.time():.6f}"
         steps = "step {task.completed:.0f}/{task.total:.0f}"
         self.bar = _live(steps, BarColumn(None), "{task.description}")
         self.task = self.bar.add_task("timing the first steps", total=total, completed=step)
 
     def start(self, config: dict):
-        """Open the files, on rank 0, and start the clock. config.json is a valid --config."""
+        """Write what there is, on rank 0, and start the clock. config.json is a valid --config."""
         if rank() == 0:
-            with files.writing(self.folder):
-                is_copy, text = not any(self.folder.glob("events*")), json.dumps(config, indent=2)
-                lines = "".join(json.dumps(record) + "\n" for record in self.records)
-                for name, content in ("config.json", text), ("metrics.jsonl", lines):
-                    with files.atomic_write(self.folder / name, "w") as file:
-                        file.write(content)
-                names = "metrics.jsonl", f"events.out.tfevents.{time.time():.6f}"
-                self.files = [files.open_to_append(self.folder / name) for name in names]
-                self._event(0, file_version="brain.Event:2")
-                # what TensorBoard has of later steps is from a run that was killed
-                self._event(self.first_step + 1, session_log={"status": "START"})
-                self._plot({"step": self.first_step}, config=text)
-                for record in self.records if is_copy else ():
-                    self._plot(record)
+            is_copy, text = not any(self.folder.glob("events*")), json.dumps(config, indent=2)
+            lines = "".join(json.dumps(record) + "\n" for record in self.records)
+            for path, content in (self.folder / "config.json", text), (self.metrics, lines):
+                with files.atomic_write(path, "w") as file:
+                    file.write(content)
+            self._event(0, file_version="brain.Event:2")
+            # what TensorBoard has of later steps is from a run that was killed
+            self._event(self.first_step + 1, session_log={"status": "START"})
+            self._plot({"step": self.first_step}, config=text)
+            for record in self.records if is_copy else ():
+                self._plot(record)
         self.bar.start()
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - (self.records[-1]["seconds"] if self.records else 0)
 
     def _event(self, step, **content):
         """Written here because the thread of TensorBoard's own writer dies on a full disk."""
@@ -313,7 +294,8 @@ class RunLog:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         event = Event(wall_time=time.time(), step=step, **content)
-        RecordWriter(self.files[1]).write(event.SerializeToString())
+        with files.writing(self.events), files.open_to_append(self.events) as file:
+            RecordWriter(file).write(event.SerializeToString())
 
     def _plot(self, record, **others):
         """Numbers become TensorBoard's curves, texts its texts."""
@@ -322,7 +304,6 @@ class RunLog:
         values = {TAGS.get(name, name): value for name, value in record.items()} | others
         if record.get("val_loss") is not None:
             values["perplexity/val"] = perplexity(record["val_loss"])
-            values["best_val_loss"] = min(self.val_losses(record["step"]))
         summary = []
         for tag, value in values.items():
             if isinstance(value, str):
@@ -336,29 +317,26 @@ class RunLog:
 
     def write(self, record: dict, sample: str | None = None, memory_mb: float | None = None):
         """Log a step; `seconds` is summed over resumes, numbers that are not finite become None."""
-        elapsed = time.perf_counter() - self.started
-        self._show(record, elapsed / (record["step"] - self.first_step))
-        record["seconds"] = self.seconds_before + elapsed
+        record["seconds"] = time.perf_counter() - self.started
+        self._show(record)
         record |= {name: None for name, v in record.items() if v and not math.isfinite(v)}
         self.records.append(record)
-        if self.files:
-            with files.writing(self.folder):
-                self.files[0].write(json.dumps(record).encode() + b"\n")
-                self._plot(record, sample=sample, memory_mb=memory_mb)
-                for file in self.files:
-                    file.flush()
+        if rank() == 0:
+            with files.writing(self.metrics), files.open_to_append(self.metrics) as file:
+                file.write(json.dumps(record).encode() + b"\n")
+            self._plot(record, sample=sample, memory_mb=memory_mb)
 
-    def val_losses(self, step=math.inf) -> list[float]:
-        """Validation losses up to step; infinite where one was not finite."""
-        records = [r for r in self.records if "val_loss" in r and r["step"] <= step]
-        return [math.inf if r["val_loss"] is None else r["val_loss"] for r in records]
+    def val_losses(self) -> list[float]:
+        """All validation losses; infinite where one was not finite."""
+        losses = [record["val_loss"] for record in self.records if "val_loss" in record]
+        return [math.inf if loss is None else loss for loss in losses]
 
-    def _show(self, record, step_seconds):
+    def _show(self, record):
         """Update the live line, or log a plain one; an evaluation's stays on a terminal, too."""
         step, loss = f"step {record['step']}/{self.total}: ", f"loss {record['loss']:.4f}"
         rate, speed = f"lr {record['lr']:.2e}", f"{record['tokens_per_second']:,.0f} tok/s"
-        steps = self.total - record["step"]
-        left = [f"{human_time(steps * step_seconds)} left"] if steps else []
+        seconds = self.bar.tasks[0].time_remaining  # None until there are two updates
+        left = [f"{human_time(seconds)} left"] if seconds else []
         self.bar.update(self.task, description=", ".join([*left, loss, rate, speed]))
         if self.bar.disable:
             norm = f"norm {record['grad_norm']:.2f}"
@@ -371,6 +349,3 @@ class RunLog:
 
     def close(self):
         self.bar.stop()
-        for file in self.files:
-            with contextlib.suppress(OSError):  # no room for what a failed write left in the buffer
-                file.close()

@@ -2,10 +2,6 @@
 
 Shapes: B batch, T new tokens, S keys attended to, C channels (n_embd), H heads, D channels of a
 head, V vocabulary, L layers.
-
-    from config import GPT2Config
-    from model import GPT2
-    logits, loss = GPT2(GPT2Config())(idx, targets)
 """
 
 import math
@@ -138,20 +134,18 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019) under the published weights' parameter names. Only learned
-    positions have a table, and a maximum length.
-    """
+    """GPT-2 (Radford et al. 2019), its parameters named as in the published weights."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        parts = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        parts = self.transformer = nn.ModuleDict()
+        parts["wte"] = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         parts["drop"] = nn.Dropout(config.dropout)
         parts["h"] = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         parts["ln_f"] = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2017)
         residual_std = 0.02 / math.sqrt(2 * config.n_layer)  # of the projections onto the residual
@@ -213,9 +207,8 @@ class GPT2(nn.Module):
 
     def flops_per_token(self) -> float:
         """Forward and backward FLOPs a token (Chowdhery et al. 2022, appendix B)."""
-        config, n = self.config, self.num_params()
-        if config.position == "learned":
-            n -= self.transformer.wpe.weight.numel()
+        config = self.config
+        n = sum(p.numel() for name, p in self.named_parameters() if ".wpe." not in name)
         return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size
 
 
@@ -243,9 +236,8 @@ def context_start(length: int, limit: int | None) -> int:
     """
     if limit is None or length <= limit:
         return 0
-    half = max(1, limit // 2)
-    period = limit - half + 1  # tokens between two restarts
-    return length - half - (length - limit - 1) % period
+    half = max(1, limit // 2)  # it restarts every limit - half + 1 tokens
+    return length - half - (length - limit - 1) % (limit - half + 1)
 
 
 class KVCache:
@@ -265,22 +257,19 @@ class KVCache:
         self.common_length = lengths[0] if len(set(lengths)) == 1 else None
 
     def advance(self, T: int):
-        """Reserve T more positions per row, before each layer's update. Returns these (B or 1, T),
-        the number S of keys, and whether a mask is needed: not if S == T, nor for one token after
-        rows of equal length.
+        """Reserve T more positions per row, before the layers' updates: these (B or 1, T), how many
+        keys there are, and whether a mask is needed: not at first, nor for one token in equal rows.
         """
         start, capacity = self.common_length, self.kv.shape[4]
-        positions = torch.arange(T, device=self.kv.device)[None]  # (1, T)
+        first = self.lengths[:, None] if start is None else start  # (B, 1), or a number
+        self.positions = torch.arange(T, device=self.kv.device)[None] + first  # (B or 1, T)
         if start is not None:
-            positions, self.S = positions + start, start + T
-            self.common_length = self.S
+            self.S = self.common_length = start + T
         else:
-            positions = positions + self.lengths[:, None]  # (B, T)
-            self.S = int(positions.max()) + 1 if self.kv.is_cpu else capacity
+            self.S = int(self.positions.max()) + 1 if self.kv.is_cpu else capacity
         assert self.S <= capacity, f"{self.S} tokens in a cache for {capacity}"
-        self.positions = positions
         self.lengths += T
-        return positions, self.S, start is None or (start > 0 and T > 1)
+        return self.positions, self.S, start is None or (start > 0 and T > 1)
 
     def update(self, layer: int, k, v):
         """Store a layer's new K and V (B, H, T, D); return all K and V so far, (B, H, S, D)."""

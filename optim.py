@@ -12,7 +12,7 @@ ORTHOGONALIZE_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 
 def learning_rate(step: int, config: GPT2Config) -> float:
     """Learning rate of update number `step` (from 0): linear warmup, then one of LR_SCHEDULES down
-    to min_lr at lr_decay_iters. config's derived fields must be filled in.
+    to min_lr at lr_decay_iters; config's derived fields are filled in.
     """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
@@ -24,10 +24,7 @@ def learning_rate(step: int, config: GPT2Config) -> float:
 
 
 def parameter_groups(model, config: GPT2Config) -> list[dict]:
-    """Every parameter in one of the groups; weight decay on matrices only, not on biases and norms.
-
-    With optimizer "muon" the matrices of the blocks form a separate group.
-    """
+    """Every parameter in one group; weight decay on matrices only. Muon's are the blocks'."""
     matrices, vectors, muon = [], [], []
     for name, p in model.named_parameters():
         is_muon = config.optimizer == "muon" and ".h." in name
@@ -48,10 +45,9 @@ def make_optimizer(model, config: GPT2Config) -> torch.optim.AdamW:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW whose groups marked `muon` are updated with orthogonalized momentum instead.
-
-    Muon (Jordan 2024) with the update scaled to AdamW's usual size, 0.2 * sqrt(longer side) (Liu et
-    al. 2025), so that one learning rate serves both; beta1 is its momentum.
+    """AdamW whose groups marked `muon` are updated with orthogonalized momentum instead (Jordan
+    2024), times 0.2 * sqrt(longer side) (Liu et al. 2025), about AdamW's size, so that one learning
+    rate serves both; beta1 is its momentum.
     """
 
     def __init__(self, params, orthogonalize_dtype=None, **settings):
@@ -59,17 +55,15 @@ class Muon(torch.optim.AdamW):
         self.orthogonalize_dtype = orthogonalize_dtype
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # torch.distributed gives one, which is None
         """Update all groups; if self.found_inf is 1, nothing changes."""
         all_groups = self.param_groups
         for group in all_groups:
             if group["muon"]:
                 self._muon_step(group)
         self.param_groups = [group for group in all_groups if not group["muon"]]  # for AdamW
-        try:
-            return super().step(closure)
-        finally:
-            self.param_groups = all_groups
+        super().step()
+        self.param_groups = all_groups
 
     def _muon_step(self, group):
         found_inf, beta = getattr(self, "found_inf", None), group["betas"][0]
@@ -98,12 +92,11 @@ class Muon(torch.optim.AdamW):
         by_shape = {}
         for update in updates:
             rows, columns = update.shape
-            is_c_attn = rows == 3 * columns
-            for part in update.view(3, columns, columns) if is_c_attn else [update]:
+            for part in update.view(-1, columns, columns) if rows == 3 * columns else [update]:
                 by_shape.setdefault(part.shape, []).append(part)
         for shape, parts in by_shape.items():
-            limit = ORTHOGONALIZE_AT_ONCE.get(parts[0].device.type, 2**22)
-            count = max(1, limit // shape.numel())
+            most = ORTHOGONALIZE_AT_ONCE.get(parts[0].device.type, 2**22)  # numbers
+            count = max(1, most // shape.numel())
             for i in range(0, len(parts), count):
                 batch = parts[i : i + count]
                 new = orthogonalize(torch.stack(batch), self.orthogonalize_dtype)
@@ -111,9 +104,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(matrices, dtype=None, steps: int = 5):
-    """Approximate nearest semi-orthogonal matrix to each of (N, rows, columns).
-
-    Newton-Schulz with the quintic of Jordan 2024: singular values end between 0.7 and 1.2.
+    """Approximate nearest semi-orthogonal matrix to each of (N, rows, columns): Newton-Schulz with
+    the quintic of Jordan 2024; singular values end between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices if dtype is None else matrices.to(dtype)

@@ -1,6 +1,4 @@
-"""Several processes: joining them, sharding or replicating the model, and what they exchange.
-With one process, these are no-ops or local calls.
-"""
+"""Several processes: joining them, sharding the model, what they exchange; with one, no-ops."""
 
 import contextlib
 import datetime
@@ -31,8 +29,7 @@ def process_group(device: torch.device, timeout: float = 600, alike: dict | None
     if world_size() == 1 or dist.is_initialized():
         yield None
         return
-    cuda, patience = device.type == "cuda", datetime.timedelta(seconds=timeout)
-    store = None
+    cuda, patience, store = device.type == "cuda", datetime.timedelta(seconds=timeout), None
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=patience))
         store = _store_of_this_start(store, timeout)
@@ -41,8 +38,8 @@ def process_group(device: torch.device, timeout: float = 600, alike: dict | None
         dist.init_process_group(backend, timeout=wait, device_id=device if cuda else None, **place)
         for other, theirs in enumerate(all_gather([alike])):
             if unlike := [name for name in alike or () if theirs[name] != alike[name]]:
-                line = f"process {other} has another {unlike[0]} than process {rank()}"
-                raise ValueError(f"{line}; start all with the same flags and the same data")
+                whose = f"process {other} has another {unlike[0]} than process {rank()}"
+                raise ValueError(f"{whose}; start all with the same flags and data")
         yield dist.new_group(backend="gloo", timeout=patience)
     except RuntimeError as error:  # gloo raises plain RuntimeError
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -109,23 +106,17 @@ def broadcast_from_rank0(function):
     return answer[0]
 
 
-class StopSignals:
+class StopSignals(contextlib.ExitStack):
     """Remembers SIGINT or SIGTERM for the end of the step; a second one leaves at once. Under
     torchrun, which forwards a Ctrl-C that workers already have, one within two seconds is ignored.
     """
 
     def __init__(self, group=None):
-        self.group, self.signum, self.before = group, None, {}
-
-    def __enter__(self):
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            stops = signal.SIGINT, signal.SIGTERM
-            self.before = {signum: signal.signal(signum, self.handle) for signum in stops}
-        return self
-
-    def __exit__(self, *exception):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
+        super().__init__()
+        self.group, self.signum = group, None
+        for signum in signal.SIGINT, signal.SIGTERM:
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                self.callback(signal.signal, signum, signal.signal(signum, self.handle))
 
     def handle(self, signum, frame):
         if self.signum is None:
@@ -144,8 +135,8 @@ class StopSignals:
 
 
 def shard(model, device, dtype):
-    """Shard weights, gradients and optimizer state over all ranks; each block is gathered only
-    while it computes (fsdp: Zhao et al. 2023). bfloat16's weights are float32, cast when gathered.
+    """Shard weights, gradients and optimizer state over all ranks; a block is gathered while it
+    computes (fsdp: Zhao et al. 2023). bfloat16's weights are float32, cast when gathered.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -167,9 +158,7 @@ def gradient_sync(forward, last: bool):
 
 
 def compile_model(model):
-    """The compiled model, which DDP splits at its buckets, to exchange gradients early; the plain
-    one, with a warning, if any rank has no working compiler.
-    """
+    """The compiled model; the plain one, with a warning, if any rank has no working compiler."""
     # else recomputed dropout has a random state of its own, which no seed and no checkpoint sets
     torch._functorch.config.graphsafe_rng_functionalization = False
     reasons = []
@@ -185,8 +174,8 @@ def compile_model(model):
 
 
 def full_state(model, optimizer) -> tuple[dict, dict]:
-    """Weights by name and optimizer state by parameter name, as full tensors in host memory on rank
-    0, {} on other ranks. Every rank must call it; fsdp's shards are gathered tensor by tensor.
+    """Weights by name and optimizer state by parameter name, full tensors in rank 0's host memory;
+    {} on other ranks, which must call it too.
     """
     from torch.distributed.checkpoint import state_dict as dcp  # takes half a second to import
 
@@ -196,13 +185,13 @@ def full_state(model, optimizer) -> tuple[dict, dict]:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: one copy
     if not optimizer.state:  # before the first step; querying it would initialize it
         return weights, {}
-    found = dcp.get_optimizer_state_dict(model, optimizer, options=options)
-    return weights, found.get("state", {})
+    state = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    return weights, state.get("state", {})
 
 
 def load_full_state(model, optimizer, weights: dict, optimizer_state: dict):
-    """Load what full_state returned. Only rank 0 needs the tensors; other ranks only need to know
-    whether there is an optimizer state, and get their part of it tensor by tensor.
+    """Load what full_state returned, on rank 0; for other ranks, optimizer_state says whether any
+    comes.
     """
     from torch.distributed.checkpoint import state_dict as dcp
 

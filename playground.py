@@ -32,8 +32,8 @@ from model import apply_rotary, attention_mask, context_limit, context_start, ro
 from options import integer, parse_args
 from sampling import Sampling, TextStream, generate_ids, logits_to_probs, prompt_ids
 
-TEXT_TOKENS, REQUEST_BYTES, AT_ONCE = 2048, 2**18, 16  # of a text; of a request; requests
-BODY_SECONDS, PAUSE_SECONDS = 10, 0.1  # for a request to come; between messages with new tokens
+TEXT_TOKENS, REQUEST_BYTES, CONNECTIONS = 2048, 2**18, 64  # at most
+PAUSE_SECONDS = 0.1  # between messages: one for each token would slow a small model down
 SHOWN, COLUMNS = 10, 6  # candidates; tokens in the table of layers
 POLICY = "default-src 'self' 'unsafe-inline' data:; base-uri 'none'; frame-ancestors 'none'"
 
@@ -76,10 +76,9 @@ def attention(model, ids, places=slice(None)):
     positions = torch.arange(T, device=qk.device)[None]  # (1, T)
     if config.position == "rope":
         qk = apply_rotary(qk, *rotary_cos_sin(positions, qk.shape[-1], qk.dtype))
-    bias = attention_mask(config, positions[:, places], T)  # (1, 1 or H, P, T)
-    bias = bias if bias.is_floating_point() else torch.where(bias, 0.0, -math.inf)
-    q, k = qk[0][:, :, places], qk[1]  # (L, H, P, D), (L, H, T, D)
-    return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]) + bias, dim=-1)
+    mask = attention_mask(config, positions[:, places], T)  # (1, 1 or H, P, T)
+    ones = torch.eye(T, device=qk.device).expand(*qk.shape[1:3], T, T)  # as values: weights alone
+    return F.scaled_dot_product_attention(qk[0][:, :, places], qk[1], ones, mask)
 
 
 @torch.inference_mode()
@@ -119,25 +118,30 @@ def look(model, ids, ask) -> dict:
     order, before, after = candidates(model, past, ask)
     rank = (order == ids[ask.place]).nonzero().item() if ask.place < len(ids) else None
     rows = sorted({*range(min(SHOWN, len(order))), rank or 0})
-    found = (column[rows].tolist() for column in (order, before, after))
     seen, start = (context_start(len(i), context_limit(model.config)) for i in (past, present))
     lens = logit_lens(model, past[seen:], slice(-COLUMNS, None))  # (L, P, V)
     chance, said = lens.softmax(dim=-1).max(dim=-1)
     weights = attention(model, present[start:], [-1]).cpu().numpy()  # (L, H, 1, S), float32
-    answer = {"candidates": list(zip(*found, strict=True)), "rank": rank, "start": start}
-    answer |= {"attention": base64.b64encode(weights).decode(), "kept": int((after > 0).sum())}
-    return answer | {"said": said.tolist(), "chance": chance.tolist()}
+    return {
+        "candidates": torch.stack([order, before, after], dim=1)[rows].tolist(),
+        "rank": rank,
+        "kept": int((after > 0).sum()),
+        "start": start,
+        "attention": base64.b64encode(weights).decode(),
+        "said": said.tolist(),
+        "chance": chance.tolist(),
+    }
 
 
 def write(model, ids, ask, tokenizer):
     """Yield ids, the prompt's and new ones; with the last of them the text of generate.py."""
     row, text, some, until = TextStream(tokenizer, ask.stop), "", [*ids], 0
-    for [token] in generate_ids(model, [ids], ask, eot_id=tokenizer.eot_id):
+    for [token] in generate_ids(model, [ids], ask):
         text += row.push(token)
-        some += [] if token is None else [token]
+        some += [token] * (token != tokenizer.eot_id)
         if row.done:
             break
-        if time.monotonic() > until:  # a message for each would slow a small model down
+        if time.monotonic() > until:
             yield {"ids": some}
             some, until = [], time.monotonic() + PAUSE_SECONDS
     yield {"ids": some, "text": text + row.push(None)}
@@ -148,16 +152,20 @@ def application(model, tokenizer, name, hosts):
     from starlette import applications, responses, routing
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    worker, turn, places = ThreadPoolExecutor(1), asyncio.Lock(), asyncio.Semaphore(AT_ONCE)
-    say = responses.PlainTextResponse
-    html = Path(__file__).with_name("playground.html").read_text("utf-8")
-    page = responses.HTMLResponse(html, headers={"content-security-policy": POLICY})
+    worker, turn, say = ThreadPoolExecutor(1), asyncio.Lock(), responses.PlainTextResponse
     with torch.device("meta"):  # the shapes of an int8 model's weights are not among its own
         shapes = {name: list(p.shape) for name, p in type(model)(model.config).named_parameters()}
-    spelt = [tokenizer.decode_bytes([i]).decode("latin-1") for i in range(tokenizer.vocab_size)]
-    facts = {"name": name, "about": describe_model(model, tokenizer), "shapes": shapes}
-    facts |= {"config": asdict(model.config), "settings": TypeAdapter(Ask).json_schema()}
-    facts = responses.JSONResponse(facts | {"bytes": spelt, "eot": tokenizer.eot_id})
+    facts = {
+        "name": name,
+        "about": describe_model(model, tokenizer),
+        "shapes": shapes,
+        "config": asdict(model.config),
+        "settings": TypeAdapter(Ask).json_schema(),
+        "bytes": [
+            tokenizer.decode_bytes([i]).decode("latin-1") for i in range(tokenizer.vocab_size)
+        ],
+        "eot": tokenizer.eot_id,
+    }
 
     def in_worker(function, *arguments):
         return asyncio.get_running_loop().run_in_executor(worker, function, *arguments)
@@ -171,7 +179,7 @@ def application(model, tokenizer, name, hosts):
     async def answer(request):
         if request.headers.get("origin", "") not in ("", f"http://{request.headers.get('host')}"):
             return say("a page from elsewhere cannot use this one", 403)
-        ask = check_json(await asyncio.wait_for(request.body(), BODY_SECONDS), Ask)
+        ask = check_json(await request.body(), Ask)
         ids = ask.ids or prompt_ids(tokenizer, ask.text)
         if len(ids) > TEXT_TOKENS:
             raise ValueError(f"the text has {len(ids):,} tokens; the page takes {TEXT_TOKENS:,}")
@@ -184,21 +192,16 @@ def application(model, tokenizer, name, hosts):
         bits = (await in_worker(surprise, model, ids)).tolist()
         return responses.JSONResponse({"ids": ids, "bits": bits, "start": start})
 
-    async def gate(scope, receive, send):
-        if places.locked():
-            return await say("busy; try again in a moment", 503)(scope, receive, send)
-        async with places:
-            await app(scope, receive, send)
-
     async def refuse(request, error):
-        return say(str(error) or "too slow", 400)
+        return say(str(error), 400)
 
+    html = Path(__file__).with_name("playground.html").read_text("utf-8")
+    page = responses.HTMLResponse(html, headers={"content-security-policy": POLICY})
     routes = [routing.Route(f"/{p}", answer, methods=["POST"]) for p in ("read", "look", "write")]
-    routes += routing.Route("/", page), routing.Route("/facts", facts)
-    refused = dict.fromkeys((ValueError, TimeoutError, torch.OutOfMemoryError), refuse)
+    routes += routing.Route("/", page), routing.Route("/facts", responses.JSONResponse(facts))
+    refused = {ValueError: refuse, torch.OutOfMemoryError: refuse}
     limits = {"exception_handlers": refused, "max_body_size": REQUEST_BYTES}
-    app = TrustedHostMiddleware(applications.Starlette(routes=routes, **limits), hosts)
-    return gate
+    return TrustedHostMiddleware(applications.Starlette(routes=routes, **limits), hosts)
 
 
 def main(argv=None) -> int:
@@ -210,14 +213,15 @@ def main(argv=None) -> int:
         raise ValueError(f"--port {options.port}: {error.strerror}; try --port 0") from None
     model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
     hosts = ["*"] if options.host == "0.0.0.0" else ["127.0.0.1", "localhost", options.host]
-    if options.host not in ("127.0.0.1", "localhost"):
+    if options.host not in hosts[:2]:
         warn(f"--host {options.host}: whoever reaches this machine can use the model")
-    app = application(model, tokenizer, options.checkpoint or "./checkpoints", hosts)
     address = f"http://{options.host}:{listener.getsockname()[1]}"
     log_row("page", f"{address} (Ctrl-C ends it)")
     if options.open:
         webbrowser.open(address)
-    config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+    app = application(model, tokenizer, options.checkpoint or "./checkpoints", hosts)
+    settings = {"limit_concurrency": CONNECTIONS, "timeout_graceful_shutdown": 1}
+    config = uvicorn.Config(app, log_level="error", lifespan="off", **settings)
     uvicorn.Server(config).run(sockets=[listener])
     return 0
 

@@ -13,7 +13,6 @@ order to data_dir/.unfinished. After a kill the same command goes on after the l
 
 import json
 import os
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,10 +26,9 @@ from pydantic import Field
 import files
 import sources
 from data import META_FORMAT, TOKEN_DTYPES, Count, Meta, TokenDataset
-from files import writing
-from logger import command_for, log_next, log_row, progress, run, stdout, warn
+from logger import command_for, log_row, progress, run, stdout, warn
 from options import integer, number, parse_args, validate
-from sources import END, HUB_DATASETS, PARQUET, describe_file
+from sources import HUB_DATASETS, PARQUET, describe_file
 from tokenizer import KINDS, MOST_TOKENS, GPT2Tokenizer, load_tokenizer
 
 # what makes a data set: with the same text and these, it is the same
@@ -61,13 +59,12 @@ class Options:
     workers: integer(1, 1024) | None = None  # threads; unset: as many as cores
 
     def __post_init__(self):
-        on_hub = self.dataset in HUB_DATASETS
+        row = HUB_DATASETS.get(self.dataset)
         self.dataset = self.dataset or ("custom" if self.input else "shakespeare")
         self.tokenizer = self.tokenizer or ("char" if self.dataset == "shakespeare" else "gpt2")
-        self.name = self.name or (HUB_DATASETS[self.dataset][-1] if on_hub else None)
-        self.val_fraction = self.val_fraction or (0.0005 if on_hub else 0.1)
-        if self.tokenizer == "bpe":
-            self.vocab_size = self.vocab_size or 4096
+        self.name = self.name or (row and row[-1])
+        self.val_fraction = self.val_fraction or (0.0005 if row else 0.1)
+        self.vocab_size = self.vocab_size or (4096 if self.tokenizer == "bpe" else None)
         self.data_dir = self.data_dir or self.adopt or f"./data/{self.dataset}"
         self.workers = self.workers or os.cpu_count() or 1
 
@@ -75,17 +72,17 @@ class Options:
         dataset, kind, custom = self.dataset, self.tokenizer, self.dataset == "custom"
         others = self.input or self.data_dir != self.adopt or dataset != "shakespeare"
         known = kind in KINDS or Path(kind).is_file()
-        has_parts = dataset in HUB_DATASETS and HUB_DATASETS[dataset][-1]
-        wrong = [
-            (self.adopt and others, "--adopt DIR takes the data set in DIR, and no other flags"),
-            (custom and not self.input, "--dataset custom needs --input FILE"),
-            (self.input and not custom, f"--input is not for {dataset}; use --dataset custom"),
-            (self.name and not has_parts, f"--name {self.name}: not for {dataset}"),
-            (not known, f"--tokenizer {kind}: neither {', '.join(KINDS)} nor a file"),
-            (self.vocab_size and kind != "bpe", f"--vocab_size {self.vocab_size}: only for bpe"),
-            (self.encoding and not custom, "--encoding is for the text files of --input"),
-        ]
-        return [message for is_so, message in wrong if is_so]
+        has_parts = HUB_DATASETS.get(dataset, [None])[-1]
+        wrong = {
+            "--adopt DIR takes the data set in DIR, and no other flags": self.adopt and others,
+            "--dataset custom needs --input FILE": custom and not self.input,
+            f"--input is not for {dataset}; use --dataset custom": self.input and not custom,
+            f"--name {self.name}: not for {dataset}": self.name and not has_parts,
+            f"--tokenizer {kind}: neither {', '.join(KINDS)} nor a file": not known,
+            f"--vocab_size {self.vocab_size}: only for bpe": self.vocab_size and kind != "bpe",
+            "--encoding is for the text files of --input": self.encoding and not custom,
+        }
+        return [message for message, is_so in wrong.items() if is_so]
 
 
 def make_tokenizer(kind, given, source, vocab_size):
@@ -105,10 +102,10 @@ def make_tokenizer(kind, given, source, vocab_size):
     return given
 
 
-def training_sample(text):
+def training_sample(chunks):
     """The text from its start until it has SAMPLE_WORDS of distinct words, or SAMPLE characters."""
     words, size, total = set(), 0, 0
-    for chunk in filter(None, text):
+    for chunk in filter(None, chunks):
         yield chunk
         new = set(chunk.split()) - words
         words |= new
@@ -119,16 +116,12 @@ def training_sample(text):
 
 
 def encode(tokenizer, dtype, as_encoded, piece):
-    """For each split the ids as on disk and the bytes of text; the number of U+FFFD in both."""
-    raw, sizes, replaced = {"train": bytearray(), "val": bytearray()}, {"train": 0, "val": 0}, 0
-    for split, text in piece:
-        if text is not END:
-            raw[split] += tokenizer.encode_to_numpy(as_encoded(text)).astype(dtype).tobytes()
-            sizes[split] += len(text.encode())
-            replaced += text.count("\ufffd")
-        elif tokenizer.eot_id is not None:
-            raw[split] += np.array(tokenizer.eot_id, dtype).tobytes()
-    return raw, sizes, replaced
+    """The split of a piece, its ids as on disk, its bytes of text, and the U+FFFD in it."""
+    split, documents = piece  # an end of text stands between two
+    text, eot = "".join(documents), [] if tokenizer.eot_id is None else [tokenizer.eot_id]
+    ids = (tokenizer.encode_to_numpy(as_encoded(document)) for document in documents)
+    raw = np.array(eot, dtype).tobytes().join(part.astype(dtype).tobytes() for part in ids)
+    return split, raw, len(text.encode()), text.count("\ufffd")
 
 
 class Progress(Meta):
@@ -138,29 +131,26 @@ class Progress(Meta):
     position: Count  # parts of the source that are done
 
 
-def append(folder, state, raw, sizes):
-    """Add ids, as on disk, to each split; what a killed run has left of its last part is cut."""
-    itemsize = TOKEN_DTYPES[state["dtype"]].itemsize
-    for split, counts in state["splits"].items():
-        path, size = folder / f"{split}.bin", counts["tokens"] * itemsize
-        with writing(path), files.open_to_append(path) as file:
-            if file.tell() < size:
-                raise ValueError(f"{path} has lost what was written; delete {folder}")
-            file.truncate(size)
-            file.write(raw[split])
-        counts["tokens"] += len(raw[split]) // itemsize
-        counts["bytes"] += sizes[split]
+def append(folder, state, split, raw, text_bytes):
+    """Add ids, as on disk, to a split; what a killed run has left of its last part is cut."""
+    counts, itemsize = state["splits"][split], TOKEN_DTYPES[state["dtype"]].itemsize
+    path, size = folder / f"{split}.bin", counts["tokens"] * itemsize
+    with files.writing(path), files.open_to_append(path) as file:
+        if file.tell() < size:
+            raise ValueError(f"{path} has lost what was written; delete {folder}")
+        file.truncate(size)
+        file.write(raw)
+    counts["tokens"] += len(raw) // itemsize
+    counts["bytes"] += text_bytes
 
 
-def new_meta(tokenizer, origins, settings, splits) -> Meta:
+def new_meta(tokenizer, **others) -> dict:
     return {
         "format": META_FORMAT,
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.hash()},
-        "splits": splits,
-        "sources": origins,
-        "settings": settings,
+        **others,
     }
 
 
@@ -169,39 +159,30 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
 
 
-def find(path, schema, settings, origins):
-    """A meta.json or progress.json, if there is one; ValueError if of another text or settings."""
+def find(path, schema, settings, origins, overwrite=False):
+    """A meta.json or progress.json of this text and these settings, if there is one; ValueError if
+    it is another's, or broken, and not to be overwritten.
+    """
     try:
         there = files.read_json(path, schema)
-        found = [
+        others = [
             f"{name}: {there['settings'].get(name)} there, {value} asked for"
             for name, value in settings.items()
             if there["settings"].get(name) != value
         ]
         digests = [file["sha256"] for file in origins]  # none are known of the hub's
         if digests and digests != [file["sha256"] for file in there["sources"]]:
-            found.append("another text")
-        if found:
-            raise ValueError(f"{path} is of something else ({'; '.join(found)})")
+            others.append("another text")
+        if others:
+            raise ValueError(f"{path} is of something else ({'; '.join(others)})")
         return there
     except FileNotFoundError:
         return None
     except ValueError as error:
+        if overwrite:
+            return None
         remedy = "choose another --data_dir, or make it anew with prepare_data.py --overwrite"
         raise ValueError(f"{error}; {remedy}") from None
-
-
-def finish_moving(folder):
-    """Move a complete data set to its place, unless there is none."""
-    if os.path.lexists(folder) and (files.own_folder(folder) / "meta.json").exists():
-        with writing(folder.parent):
-            for stale in (folder / "progress.json", folder.parent / "meta.json"):
-                stale.unlink(missing_ok=True)  # a half-replaced data set must not look complete
-            for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
-                if (folder / name).exists():
-                    os.replace(folder / name, folder.parent / name)
-            files.fsync_folder(folder.parent)
-            shutil.rmtree(folder)
 
 
 def prepare(options) -> Meta:
@@ -218,76 +199,72 @@ def prepare(options) -> Meta:
     if of_parquet and (kind == "char" or options.encoding):
         raise ValueError("--encoding and --tokenizer char are for text files; use gpt2 or bpe")
     with files.lock(data_dir):
-        finish_moving(folder)
         if options.dataset == "shakespeare":
             found = [sources.shakespeare(data_dir)]
         origins, revision = [describe_file(*file) for file in found], None
         if not options.overwrite and find(data_dir / "meta.json", Meta, settings, origins):
             log_row("unchanged", f"{data_dir} already holds this text, prepared like this")
             return TokenDataset(data_dir).meta  # its files are as meta.json says
-        try:
-            state = find(folder / "progress.json", Progress, settings, origins)
-        except ValueError:
-            if not options.overwrite:
-                raise
-            shutil.rmtree(folder)
-            state = None
+        download = files.own_folder(files.own_folder(folder) / "download")
+        state = find(folder / "progress.json", Progress, settings, origins, options.overwrite)
         fetch = [path for _, path in found].__getitem__
         if on_hub:
-            files.clean(folder, "**/*.incomplete")  # of a download that was killed
-            known = state and (state["revision"], state["sources"])
-            revision, origins, fetch = sources.from_hub(options, known, folder / "download")
+            files.remove(*folder.glob("**/*.incomplete"))  # of a download that was killed
+            revision, origins, fetch = sources.from_hub(options, state, download)
         form = sources.ParquetFiles if of_parquet else sources.TextFiles
         source = form(origins, fetch, options)
         if state:
             log_row("resuming", f"with what is in {folder}")
             tokenizer = load_tokenizer(folder / "tokenizer.json")
-            made = new_meta(tokenizer, state["sources"], state["settings"], state["splits"])
-            if state | made != state:
-                raise ValueError(f"its tokenizer.json is not progress.json's; delete {folder}")
+            state |= new_meta(tokenizer)
         else:
+            files.remove(folder / "progress.json")  # of another text
             tokenizer = make_tokenizer(kind, given, source, options.vocab_size)
             tokenizer.save(folder / "tokenizer.json")
             splits = {split: {"tokens": 0, "bytes": 0, "sha256": ""} for split in ("train", "val")}
-            state = new_meta(tokenizer, origins, settings, splits)
+            state = new_meta(tokenizer, splits=splits, sources=origins, settings=settings)
             state |= {"revision": revision, "position": 0}
-        append_all(folder, state, tokenizer, source, options.workers)
+        append_all(folder, state, tokenizer, source, options)
         for split, counts in state["splits"].items():
             counts["sha256"] = describe_file(split, folder / f"{split}.bin")["sha256"]
             if not counts["tokens"]:
-                shutil.rmtree(folder)
+                files.remove(folder)
                 share = f"--val_fraction {options.val_fraction}; take another share, or more text"
                 raise ValueError(f"no text for {split}: {share}")
         del state["revision"], state["position"]
         write_json(folder / "meta.json", state)
-        finish_moving(folder)
+        with files.writing(data_dir):  # a half-replaced data set must not look complete
+            files.remove(folder / "progress.json", data_dir / "meta.json")
+            for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
+                os.replace(folder / name, data_dir / name)
+            files.fsync_folder(data_dir)
+        files.remove(folder)
         return state
 
 
-def append_all(folder, state, tokenizer, source, workers):
+def append_all(folder, state, tokenizer, source, options):
     """Append the parts that are missing, and record each when it is done."""
     source.done = shown = sum(file["bytes"] for file in source.files[: state["position"]])
     replaced, dtype = 0, TOKEN_DTYPES[state["dtype"]]
     with (
-        ThreadPoolExecutor(workers) as pool,  # tiktoken and numpy let others run
+        ThreadPoolExecutor(options.workers) as pool,  # tiktoken and numpy let others run
         progress("encoding", source.total, source.unit, shown) as advance,
     ):
         start = partial(pool.submit, encode, tokenizer, dtype, source.as_encoded)
         for part in source.parts(state["position"]):
             work = sources.pieces(part, tokenizer.safe_cut)
-            for raw, sizes, lost in sources.in_order(start, work, ahead=workers + 2):
-                append(folder, state, raw, sizes)
+            for split, raw, size, lost in sources.in_order(start, work, options.workers + 2):
+                append(folder, state, split, raw, size)
                 replaced += lost
                 advance(source.done - shown)
                 shown = source.done
             for path in (folder / "train.bin", folder / "val.bin"):
-                with writing(path), files.open_to_append(path) as file:
+                with files.writing(path), files.open_to_append(path) as file:
                     os.fsync(file.fileno())
-            name = source.files[state["position"]]["name"]
             state["position"] += 1
             write_json(folder / "progress.json", state)
-            (folder / "download" / name).unlink(missing_ok=True)
-    if replaced and source.errors == "replace":
+            files.remove(folder / "download" / source.files[state["position"] - 1]["name"])
+    if replaced and options.errors == "replace":
         warn(f"{replaced:,} U+FFFD are in the text, in place of what cannot be read")
 
 
@@ -305,9 +282,9 @@ def adopt(data_dir) -> Meta:
             raise ValueError(f"{data_dir / file['name']}: {wrong}")
         splits[split] = {"tokens": file["bytes"] // 2, "bytes": None, "sha256": file["sha256"]}
     with files.lock(data_dir):
-        gpt2 = GPT2Tokenizer()
+        gpt2, settings = GPT2Tokenizer(), {"dataset": "adopted", "tokenizer": "gpt2"}
         gpt2.save(data_dir / "tokenizer.json")
-        meta = new_meta(gpt2, origins, {"dataset": "adopted", "tokenizer": "gpt2"}, splits)
+        meta = new_meta(gpt2, splits=splits, sources=origins, settings=settings)
         write_json(data_dir / "meta.json", meta)
         return meta
 
@@ -320,19 +297,19 @@ def prepare_file(path, tokenizer: str, data_dir) -> Meta:
 
 
 def show_summary(meta, data_dir):
-    splits, (first, *others) = meta["splits"].values(), meta["sources"]
+    splits, (first, *others) = meta["splits"], meta["sources"]
     more = f" and {len(others)} more" if others else ""
     source = f"{first['name']} ({first['bytes']:,} bytes){more}"
     log_row("done", f"{data_dir}, of {source}", "green", stdout)
-    for name, split in meta["splits"].items():
+    for name, split in splits.items():
         log_row(name, f"{split['tokens']:>14,} tokens", console=stdout)
     vocabulary = f"{meta['vocab_size']:>14,} ({meta['tokenizer']['kind']})"
-    if meta["splits"]["train"]["bytes"] is not None:  # adopted tokens' text is not known
-        a_token = sum(split["bytes"] for split in splits) / sum(split["tokens"] for split in splits)
-        vocabulary += f", {a_token:.2f} bytes a token"
+    if size := sum(split["bytes"] or 0 for split in splits.values()):  # of adopted it is unknown
+        tokens = sum(split["tokens"] for split in splits.values())
+        vocabulary += f", {size / tokens:.2f} bytes a token"
     log_row("vocabulary", vocabulary, console=stdout)
     flags = [] if Path(data_dir) == Path("data/shakespeare") else ["--data_dir", data_dir]
-    log_next(command_for("train.py", *flags), console=stdout)
+    log_row("next", command_for("train.py", *flags), console=stdout, fold=False)
 
 
 def main(argv=None) -> int:

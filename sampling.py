@@ -6,9 +6,9 @@
 Shapes: B rows (one per (prompt, sample)), V vocabulary, K candidates.
 """
 
-import contextlib
 import time
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated
 
 import torch
@@ -82,27 +82,24 @@ def uniform_numbers(seed, samples, device):
 
 
 @torch.inference_mode()
-def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=True):
-    """Yield, token by token, each row's new id; None once the row has produced eot_id.
-
-    prompts: B lists of ids, none empty; samples: each row's sample number. Stops once every row
-    has, or after max_new_tokens. Without the cache the text is the same, even past block_size.
+def generate_ids(model, prompts, sampling, samples=None, use_cache=True):
+    """Yield each row's new id, max_new_tokens times. prompts: B lists of ids, none empty; samples:
+    each row's sample number. Without the cache the text is the same, even past block_size.
     """
     tokens = [list(prompt) for prompt in prompts]
     limit, device = context_limit(model.config), next(model.parameters()).device
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for each new length
     uniform = uniform_numbers(sampling.seed, samples or [0] * len(tokens), device)
-    ended, starts = [False] * len(tokens), [None] * len(tokens)
-    new = cache = decode = None
+    starts, new, cache, decode = [None] * len(tokens), None, None, None
+    longest = max(map(len, tokens)) + sampling.max_new_tokens - 1
+    if use_cache:
+        cache = new_cache(model, len(tokens), min(longest, limit or longest))
     for step in range(sampling.max_new_tokens):
         old_starts, starts = starts, [context_start(len(ids), limit) for ids in tokens]
         # rows to prefill: all at first, then those whose context restarts at block_size
         changed = [row for row, start in enumerate(starts) if start != old_starts[row]]
         restarted = changed if use_cache else range(len(tokens))
         windows = [tokens[row][starts[row] :] for row in restarted]
-        if use_cache and step == 0:
-            longest = max(map(len, windows)) + sampling.max_new_tokens - 1
-            cache = new_cache(model, len(tokens), min(longest, limit or longest))
         if len(restarted) == len(tokens):
             logits = prefill(model, windows, cache)  # (B, V)
         else:
@@ -111,15 +108,11 @@ def generate_ids(model, prompts, sampling, samples=None, eot_id=None, use_cache=
             decode = decode or make_decoder(model, new[:, None], cache)
             logits = decode(new[:, None])[:, -1]  # (B, V)
         if step == 0 and not logits.isfinite().all():
-            name = dtype_name(logits.dtype)
-            warn(f"the model's logits are not finite in {name}; try --dtype bfloat16 or float32")
+            warn(f"logits are not finite in {dtype_name(logits.dtype)}; try --dtype float32")
         new = sample(logits, next(uniform), sampling)  # (B,)
-        for row, token in enumerate(new.tolist()):
-            tokens[row].append(token)
-            ended[row] = ended[row] or token == eot_id
-        yield [None if over else ids[-1] for ids, over in zip(tokens, ended, strict=True)]
-        if all(ended):
-            return
+        for ids, token in zip(tokens, new.tolist(), strict=True):
+            ids.append(token)
+        yield [ids[-1] for ids in tokens]
 
 
 def new_cache(model, rows, capacity):
@@ -186,72 +179,67 @@ def use_graph(device) -> bool:
 
 
 class TextStream:
-    """Incremental decoding of one row, cut at the stop text."""
+    """Incremental decoding of one row, which ends at end of text, or before the stop text."""
 
     def __init__(self, tokenizer, stop=None):
-        self.decoder, self.stop = StreamDecoder(tokenizer), stop or ""
+        self.decoder, self.eot_id, self.stop = StreamDecoder(tokenizer), tokenizer.eot_id, stop
         self.held, self.done = "", False  # held: trailing text that could start the stop text
 
     def push(self, token: int | None) -> str:
         """The text that one more token makes certain; None ends the row and returns the rest."""
         if self.done:
             return ""
-        text = self.held + (self.decoder.flush() if token is None else self.decoder.push(token))
-        stopped = self.stop != "" and self.stop in text
-        self.done = stopped or token is None
-        if self.done:
-            return text.split(self.stop)[0] if stopped else text
+        ends = token in (None, self.eot_id)
+        text = self.held + (self.decoder.flush() if ends else self.decoder.push(token))
+        before, *after = text.split(self.stop) if self.stop else [text]
+        self.done = ends or after != []
+        if self.done or not self.stop:
+            return before
         prefixes = (self.stop[:n] for n in range(len(self.stop) - 1, 0, -1))
         self.held = next(filter(text.endswith, prefixes), "")
         return text.removesuffix(self.held)
 
 
-def stream_text(model, tokenizer, prompts, sampling, samples=None, times=None):
+def prompt_ids(tokenizer, prompt) -> list[int]:
+    """The ids; for an empty prompt end of text, or the first character (as a rule the newline)."""
+    return tokenizer.encode(prompt) if prompt else [tokenizer.eot_id or 0]
+
+
+def stream_text(model, tokenizer, prompts, sampling, samples, times):
     """Yield the prompts, then, per token, the new text of each; times gets a time per token."""
-    times = [] if times is None else times
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    limit = context_limit(model.config)
-    for length in sorted({len(row) for row in ids if context_start(len(row), limit)}):
-        seen = length - context_start(length, limit)
-        warn(f"a prompt of {length} tokens is cropped to its last {seen} (block_size {limit})")
     rows = [TextStream(tokenizer, sampling.stop) for _ in prompts]
-    yield list(prompts)
-    for new in generate_ids(model, ids, sampling, samples, tokenizer.eot_id):
-        times += [time.perf_counter()] * sum(token is not None for token in new)
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    yield prompts
+    for new in generate_ids(model, ids, sampling, samples):
+        times += [time.perf_counter()] * sum(not row.done for row in rows)
         yield [row.push(token) for row, token in zip(rows, new, strict=True)]
         if all(row.done for row in rows):
             return
     yield [row.push(None) for row in rows]
 
 
-def prompt_ids(tokenizer, prompt) -> list[int]:
-    """The ids; for an empty prompt an end-of-text token (or newline) that is not printed."""
-    if prompt:
-        return tokenizer.encode(prompt)
-    if tokenizer.eot_id is not None:
-        return [tokenizer.eot_id]
-    with contextlib.suppress(ValueError):  # a vocabulary of characters may lack the newline
-        return tokenizer.encode("\n")
-    return [0]
-
-
 def generate_texts(model, tokenizer, prompts, sampling, batch_size=16, times=None):
-    """Yield each prompt with its continuation, num_samples times, in the order of the prompts.
+    """Yield the pieces of each text, num_samples for each prompt: the prompt, then what continues
+    it, as it is generated if the text is alone in its batch. times gets a time per token.
     ValueError with a line for each prompt that cannot be encoded, before any work is done.
     """
-    found = []
+    found, longest, limit = [], 0, context_limit(model.config)
     for place, prompt in enumerate(prompts, 1):
         try:
-            tokenizer.encode(prompt)
+            longest = max(longest, len(tokenizer.encode(prompt)))
         except ValueError as error:
             found.append(f"prompt {place}: {error}")
     if found:
         raise ValueError("\n".join(found))
+    seen = longest - context_start(longest, limit)
+    if seen < longest:
+        warn(f"a prompt of {longest} tokens is cropped to its last {seen} (block_size {limit})")
+    times = [] if times is None else times
     work = [(prompt, number) for prompt in prompts for number in range(sampling.num_samples)]
     for start in range(0, len(work), batch_size):
         batch, samples = zip(*work[start : start + batch_size], strict=True)
         pieces = stream_text(model, tokenizer, batch, sampling, samples, times)
-        yield from map("".join, zip(*pieces, strict=True))
+        yield from [chain.from_iterable(pieces)] if len(batch) == 1 else zip(*pieces, strict=True)
 
 
 def sample_text(model, tokenizer, prompt, max_new_tokens=200, **settings) -> str:
@@ -261,6 +249,6 @@ def sample_text(model, tokenizer, prompt, max_new_tokens=200, **settings) -> str
     was_training = model.training
     model.eval()
     try:
-        return next(generate_texts(model, tokenizer, [prompt], sampling))
+        return "".join(next(generate_texts(model, tokenizer, [prompt], sampling)))
     finally:
         model.train(was_training)

@@ -5,7 +5,6 @@ a text is for validation; of parquet files a hash of each document decides.
 """
 
 import codecs
-import contextlib
 import gzip
 import hashlib
 import io
@@ -14,11 +13,10 @@ import re
 import zlib
 from collections import deque
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
-from files import MOST_JSON, download, hub, in_thread, open_file, optional, own_folder, unix_lines
-from logger import command_for, progress, warn
+from files import MOST_JSON, download, hub, in_thread, open_file, optional, unix_lines
+from logger import command_for, warn
 
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
 SHAKESPEARE = f"{CHAR_RNN}/data/tinyshakespeare/input.txt"
@@ -37,27 +35,31 @@ HUB_DATASETS = {  # repository; how its parquet files' paths begin, by --name; t
 
 TEXT = re.compile(r"\.(txt|md|jsonl)(\.gz)?$", re.IGNORECASE)
 PARQUET = re.compile(r"\.parquet$", re.IGNORECASE)
-ROWS = 64  # of a parquet file, read at once
 # what text that is not UTF-8 is likely to be in; Python knows too many that resemble each other
 ENCODINGS = "gb18030 big5 cp932 euc_jp cp949 cp1252 cp1251 koi8_r utf_16 utf_16_le utf_16_be utf_32"
 CHUNK = 1 << 18  # characters read at once, and about those encoded at once
 LONGEST = 1 << 19  # characters without white space; more are cut, and a token with them
 DOCUMENT = MOST_JSON  # characters of a .jsonl's line or bytes of a row, held as a whole
+REPLACE = "convert it to UTF-8, or `prepare_data.py --errors replace` puts a U+FFFD there"
 
 END = None  # in a stream of text: here a document ends
 
 
 def find_files(inputs) -> list[tuple[str, Path]]:
-    """Names and paths of all files named by inputs: files, and folders of files."""
+    """Names and paths of files, and of those in folders, but hidden ones and behind links."""
     files = []
-    for path in map(Path, inputs):
-        top = path if path.is_dir() else path.parent
-        found = sorted((file.relative_to(top).as_posix(), file) for file in files_below(path))
-        known = [(name, file) for name, file in found if TEXT.search(name) or PARQUET.search(name)]
+    for top in map(Path, inputs):
+        found, known = [top], []
+        for path in found:  # which grows: as deep as folders go
+            if path.is_dir() and (path is top or not path.is_symlink()):
+                found += [file for file in path.iterdir() if not file.name.startswith(".")]
+            elif TEXT.search(path.name) or PARQUET.search(path.name):
+                folder = top if path is not top else top.parent
+                known.append((path.relative_to(folder).as_posix(), path))
         if not known:
             forms = ".txt, .md, .jsonl (or .gz of one) or .parquet"
-            raise ValueError(f"--input {path}: neither a file nor a folder of {forms}")
-        files += known
+            raise ValueError(f"--input {top}: neither a file nor a folder of {forms}")
+        files += sorted(known)
     of_parquet = [path for name, path in files if PARQUET.search(name)]
     if 0 < len(of_parquet) < len(files):
         raise ValueError("--input: text and parquet in one data set; name the ones or the others")
@@ -66,30 +68,17 @@ def find_files(inputs) -> list[tuple[str, Path]]:
     return files
 
 
-def files_below(path):
-    """A file, or all in a folder and its folders, but hidden ones and those behind links."""
-    found = [path]
-    for path in found:  # which grows: as deep as folders go
-        if not path.is_dir():
-            yield path
-        for inside in path.iterdir() if path.is_dir() else ():
-            if inside.is_symlink() and inside.is_dir():
-                warn(f"--input {inside}: a link to a folder, which is not followed")
-            elif not inside.name.startswith("."):
-                found.append(inside)
-
-
 def shakespeare(data_dir) -> tuple[str, Path]:
     """Name and path of tiny Shakespeare; if it cannot be downloaded, of our bundled sonnets."""
     path = data_dir / "input.txt"
     try:
         if not path.exists():
             download(SHAKESPEARE, SHAKESPEARE_SHA256, path)
+        return path.name, path
     except ValueError as problem:
         instead = f"using {BUNDLED.name}; to change later, put it at {path} and add --overwrite"
         warn(f"tiny Shakespeare cannot be downloaded ({problem}): {instead}")
         return BUNDLED.name, BUNDLED
-    return path.name, path
 
 
 def describe_file(name, path) -> dict:
@@ -104,40 +93,35 @@ class Documents:
     """What text and parquet files share. fetch: number -> path of a file, perhaps downloaded."""
 
     def __init__(self, files: list[dict], fetch, options):
-        self.files, self.fetch, self.val_fraction = files, fetch, options.val_fraction
-        self.encoding, self.errors = options.encoding or "utf-8", options.errors
+        self.files, self.fetch, self.options = files, fetch, options
         self.done, self.total = 0, sum(file["bytes"] for file in files)  # read so far, and in all
 
 
 class TextFiles(Documents):
     """Text files as one text, in a single part, whose last val_fraction is for validation."""
 
-    unit = "char"
-    as_encoded = staticmethod(unix_lines)
+    unit, as_encoded = "char", staticmethod(unix_lines)
 
     def survey(self, characters: dict | None = None):
         """Count the characters, and note where each is first; ValueError for a blank text."""
-        blank, self.total, starts = True, 0, {}
-        with progress("reading", None, self.unit) as advance:
-            for path, chunk in self.texts():
-                text = (chunk or "").replace("\r", "\n")  # as unix_lines, and of the same length
-                at = self.total - starts.setdefault(path, self.total)  # in the file
-                if characters is not None:
-                    new = set(text) - characters.keys()
-                    characters |= {c: f"{path}, position {at + text.index(c)}" for c in new}
-                advance(len(text))
-                self.total += len(text)
-                blank = blank and not text.strip()
-        if blank:
-            name = self.files[0]["name"]
-            raise ValueError(f"{name}: no text, {self.total:,} characters of white space")
+        self.total, starts = 0, {}
+        for path, chunk in self.texts():
+            text = (chunk or "").replace("\r", "\n")  # as unix_lines, and of the same length
+            at = self.total - starts.setdefault(path, self.total)  # in the file
+            if characters is not None:
+                new = set(text) - characters.keys()
+                characters |= {c: f"{path}, position {at + text.index(c)}" for c in new}
+            self.total += len(text)
+        if not any(chunk and chunk.strip() for _, chunk in self.texts()):
+            nothing = f"no text, {self.total:,} characters of white space"
+            raise ValueError(f"{self.files[0]['name']}: {nothing}")
 
     def parts(self, first: int):
         """Streams of (split, text or END), one a part, from the first that is not done."""
         return [self._shares()][first:]
 
     def _shares(self):
-        n_train = int((1 - self.val_fraction) * self.total)
+        n_train = int((1 - self.options.val_fraction) * self.total)
         for _, chunk in self.texts():
             if chunk is END:
                 yield "train" if self.done <= n_train else "val", END
@@ -146,66 +130,58 @@ class TextFiles(Documents):
             if left and chunk[left - 1 : left + 1] == "\r\n":  # one line end
                 n_train, left = n_train + 1, left + 1
             self.done += len(chunk)
-            shares = ("train", chunk[:left]), ("val", chunk[left:])
-            yield from (share for share in shares if share[1])
-        if self.done != self.total:
-            raise ValueError("the text has changed since it was counted; do not write to it")
+            yield from (("train", chunk[:left]), ("val", chunk[left:]))
 
     def texts(self):
         """Pairs of a file's path and text of at most CHUNK characters, or END after a document."""
         for path in map(self.fetch, range(len(self.files))):
-            with self._open(path) as file:
-                raw = iter(partial(file.read, CHUNK), b"")
-                chunks = chain(codecs.iterdecode(raw, self.encoding, self.errors), [END])
-                if TEXT.search(path.name)[1].lower() == "jsonl":
-                    chunks = self._documents(path, file)
-                yield from ((path, chunk) for chunk in chunks)
-
-    @contextlib.contextmanager
-    def _open(self, path):
-        """A file, whose bytes are to be decoded in here; ValueError for those that are no text."""
-        is_gz = TEXT.search(path.name)[2]
-        with open_file(path) as opened, gzip.open(opened) if is_gz else opened as file:
-            try:
-                "".encode(self.encoding)  # base64 and others are not for text: LookupError
-                if is_gz and not opened.peek(1):  # no text to Python's gzip
-                    raise EOFError("it is empty")
-                start = file.peek(CHUNK)
-                if start.startswith(codecs.BOM_UTF8):  # some editors write it
-                    file.read(3)
-                if self.encoding == "utf-8" and start.count(0) > len(start) // 10:  # it is UTF-16
-                    raw = file.read(len(start))
-                    raise UnicodeDecodeError("utf-8", raw, raw.find(0), len(raw), "NUL")
-                yield file
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"{path}: not a whole gzip file ({error}); get it again") from None
-            except LookupError as error:
-                raise ValueError(f"--encoding {self.encoding}: {error}") from None
-            except UnicodeDecodeError as error:
-                wrong = wrong_byte(error, file.tell(), self.encoding, path)
-                raise ValueError(f"{path}: {wrong}") from None
-
-    def _documents(self, path, file):
-        text = io.TextIOWrapper(file, self.encoding, self.errors, newline="\n")
-        for number, line in enumerate(iter(partial(text.readline, DOCUMENT), ""), start=1):
-            where = f"{path}, line {number}"
-            if len(line) == DOCUMENT:
-                raise ValueError(f"{where}: a document of more than {DOCUMENT:,} characters")
-            if not line.strip():
-                continue
-            try:  # refuses half a surrogate pair, too
-                document = json.loads(line)["text"].encode("utf-16", "surrogatepass")
-                yield from in_chunks(document.decode("utf-16", self.errors))
-            except Exception as error:  # JSON may be anything
-                raise ValueError(f'{where}: not {{"text": "..."}} ({error})') from None
+            chunks = read_text_file(path, self.options.encoding or "utf-8", self.options.errors)
+            yield from ((path, chunk) for chunk in chunks)
 
 
-def wrong_byte(error: UnicodeDecodeError, end, encoding, path=None) -> str:
+def read_text_file(path, encoding, errors):
+    """Chunks of text, and END after each document; ValueError for bytes that are no text."""
+    form, is_gz = TEXT.search(path.name).groups()
+    with open_file(path) as opened, gzip.open(opened) if is_gz else opened as file:
+        try:
+            start, lines = file.peek(CHUNK), io.TextIOWrapper(file, encoding, errors, newline="\n")
+            if start.startswith(codecs.BOM_UTF8):  # some editors write it
+                file.read(3)
+            if encoding == "utf-8" and start.count(0) > len(start) // 10:  # it is UTF-16
+                raw = file.read(len(start))
+                raise UnicodeDecodeError("utf-8", raw, raw.find(0), len(raw), "NUL")
+            if form.lower() == "jsonl":
+                yield from json_lines(path, lines, errors)
+            else:
+                yield from codecs.iterdecode(iter(partial(file.read, CHUNK), b""), encoding, errors)
+                yield END
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole gzip file ({error}); get it again") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(wrong_byte(error, file.tell(), encoding, path)) from None
+        except (LookupError, UnicodeError) as error:  # base64 and others are not for text
+            raise ValueError(f"--encoding {encoding}: {error}") from None
+
+
+def json_lines(path, file, errors):
+    for number, line in enumerate(iter(partial(file.readline, DOCUMENT), ""), start=1):
+        where = f"{path}, line {number}"
+        if len(line) == DOCUMENT:
+            raise ValueError(f"{where}: a document of more than {DOCUMENT:,} characters")
+        if not line.strip():
+            continue
+        try:  # refuses half a surrogate pair, too
+            document = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+            yield from in_chunks(document.decode("utf-16", errors))
+        except Exception as error:  # JSON may be anything
+            raise ValueError(f'{where}: not {{"text": "..."}} ({error})') from None
+
+
+def wrong_byte(error: UnicodeDecodeError, end, encoding, path) -> str:
     """What is wrong with bytes that end at offset `end`, and the command that helps."""
-    raw, text = error.object, error.object.decode("utf-8", "replace")
+    raw, text, remedy = error.object, error.object.decode("utf-8", "replace"), REPLACE
     lost, foreign = text.count("\ufffd") + text.count("\0"), sum(map("\x7f".__lt__, text))
-    remedy = "convert it to UTF-8, or `prepare_data.py --errors replace` puts a U+FFFD there"
-    if path and lost > foreign // 2:
+    if lost > foreign // 2:
         import charset_normalizer
 
         whole = raw if 0 in raw else raw[: raw.rfind(b"\n") + 1] or raw  # of UTF-16, or lines
@@ -214,14 +190,13 @@ def wrong_byte(error: UnicodeDecodeError, end, encoding, path=None) -> str:
             command = command_for("prepare_data.py", "--input", path, "--encoding", found.encoding)
             remedy = f"it looks like {found.encoding}, which `{command}` reads"
     at = f"byte 0x{raw[error.start]:02X} at offset {end - len(raw) + error.start}"
-    return f"{at} is not {encoding.upper()}; {remedy}"
+    return f"{path}: {at} is not {encoding.upper()}; {remedy}"
 
 
 class ParquetFiles(Documents):
     """Parquet files, each a part; the rows of column "text" are documents."""
 
-    unit = "B"
-    as_encoded = staticmethod(str)  # as it is
+    unit, as_encoded = "B", staticmethod(str)  # as it is
 
     def survey(self, characters=None):
         """Nothing: it would be reading everything twice."""
@@ -229,7 +204,7 @@ class ParquetFiles(Documents):
     def parts(self, first: int):
         numbers = range(first, len(self.files))
         paths = in_order(partial(in_thread, self.fetch), numbers, ahead=1)
-        return (self._shares(n, path) for n, path in zip(numbers, paths, strict=True))
+        return map(self._shares, numbers, paths)
 
     def texts(self):
         """Of the first file, to learn a vocabulary from."""
@@ -238,19 +213,17 @@ class ParquetFiles(Documents):
     def _shares(self, number, path):
         before, size = self.done, self.files[number]["bytes"]
         for row, (raw, count) in enumerate(rows(path)):
-            self.done = before + size * row // count
+            self.done = before + size * (row + 1) // count
             if not raw:
                 continue
             # decided by its hash, wherever the document stands and whoever asks
             digest = hashlib.blake2b(raw, digest_size=8).digest()
-            is_val = int.from_bytes(digest, "big") < self.val_fraction * 2**64
+            is_val = int.from_bytes(digest, "big") < self.options.val_fraction * 2**64
             try:
-                text = raw.decode("utf-8", self.errors)
+                text = raw.decode("utf-8", self.options.errors)
             except UnicodeDecodeError as error:
-                wrong = wrong_byte(error, len(raw), "utf-8")
-                raise ValueError(f"{path}, row {row}: {wrong}") from None
+                raise ValueError(f"{path}, row {row}: {error}; {REPLACE}") from None
             yield from (("val" if is_val else "train", chunk) for chunk in in_chunks(text))
-        self.done = before + size
 
 
 def rows(path):
@@ -267,7 +240,7 @@ def rows(path):
             longest = max([1, *sizes])
             if longest > DOCUMENT:
                 raise ValueError(f"{path}: rows of {longest:,} bytes, at most {DOCUMENT:,}")
-            for batch in file.iter_batches(min(ROWS, DOCUMENT // longest), columns=["text"]):
+            for batch in file.iter_batches(min(64, DOCUMENT // longest), columns=["text"]):
                 texts = batch.column(0).cast("large_binary").to_pylist()
                 yield from ((text, file.metadata.num_rows) for text in texts)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -275,10 +248,10 @@ def rows(path):
         raise ValueError(f"{path}: not a whole parquet file ({why}); get it once more") from error
 
 
-def from_hub(options, known, folder):
-    """Revision and files, the newest unless known, and what downloads the file of a number."""
+def from_hub(options, state, folder):
+    """Revision and files, the newest but for a state's, and what downloads the file of a number."""
     repository, begin, _ = HUB_DATASETS[options.dataset]
-    (revision, files), folder = known or (None, []), own_folder(folder)
+    revision, files = (state["revision"], state["sources"]) if state else (None, [])
 
     def fetch(number) -> Path:
         with hub(repository, "the same command") as library:
@@ -286,18 +259,19 @@ def from_hub(options, known, folder):
             at = {"repo_type": "dataset", "revision": revision, "local_dir": folder}
             return Path(library.hf_hub_download(repository, files[number]["name"], **at))
 
-    if not known:
+    if not files:
+        prefix = begin(options.name)
         with hub(repository, "the same command") as library:
-            api, prefix = library.HfApi(), begin(options.name)
+            api = library.HfApi()
             revision = api.dataset_info(repository, timeout=120).sha
             at = {"repo_type": "dataset", "revision": revision, "recursive": True}
-            found = api.list_repo_tree(repository, prefix.rpartition("/")[0], **at)
-            for file in sorted(found, key=lambda file: file.path):
+            for file in api.list_repo_tree(repository, prefix.rpartition("/")[0], **at):
                 if file.path.startswith(prefix) and PARQUET.search(file.path):
                     digest = file.lfs and file.lfs.sha256
                     files.append({"name": file.path, "bytes": file.size, "sha256": digest})
         if not files:
             raise ValueError(f"{repository}: no .parquet file in {prefix}, see its page")
+        files.sort(key=lambda file: file["name"])
     return revision, files, fetch
 
 
@@ -308,24 +282,23 @@ def in_chunks(text):
 
 
 def pieces(stream, safe_cut):
-    """Lists of (split, text or END) of about CHUNK characters, cut where it changes no token."""
-    piece, size = [], 0
+    """Pairs of a split and about CHUNK characters of its documents, the last of which may go on in
+    the split's next piece: it is cut where that changes no token.
+    """
+    texts, sizes = {"train": [""], "val": [""]}, {"train": 0, "val": 0}
     for split, text in stream:
-        size += len(text or "") + 1  # empty documents are bounded too
-        if text and piece and piece[-1][0] == split and piece[-1][1]:
-            text = piece.pop()[1] + text
-        piece.append((split, text))
-        if size < CHUNK:
-            continue
-        rest = ""
-        if text is not END:
-            end = safe_cut(text) or (len(text) if len(text) >= LONGEST else 0)
-            if not end:
-                continue
-            piece[-1], rest = (split, text[:end]), text[end:]
-        yield piece
-        piece, size = [(split, rest)] if rest else [], len(rest)
-    yield piece
+        documents = texts[split]
+        if text is END:
+            documents.append("")
+        else:
+            documents[-1] += text
+        sizes[split] += len(text or "") + 1  # empty documents are bounded too
+        if sizes[split] >= CHUNK:
+            last = documents.pop()
+            end = safe_cut(last) or (len(last) if len(last) >= LONGEST else 0)
+            yield split, [*documents, last[:end]]
+            texts[split], sizes[split] = [last[end:]], len(last) - end
+    yield from texts.items()
 
 
 def in_order(start, items, ahead):

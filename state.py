@@ -116,19 +116,25 @@ def save_state(state: TrainState, config: GPT2Config, dataset, names):
     weights, optimizer_state = full_state(state.model, state.optimizer)
     if rank() > 0:
         return
-    contents = {"format": checkpoint.FORMAT, "step": state.step}
-    contents |= {"best_val_loss": state.best_val_loss, "model": weights}
-    contents |= {"optimizer": optimizer_state, "scaler": state.scaler.state_dict()}
-    contents |= {"config": to_dict(config)}
-    contents |= {"rng": {"torch": torch.get_rng_state()}}  # unused: every micro-batch reseeds
-    contents |= {"tokenizer": dataset.tokenizer.to_dict(), "data_hash": dataset.hash}
-    contents |= {"run": state.run}
+    contents = {
+        "format": checkpoint.FORMAT,
+        "step": state.step,
+        "best_val_loss": state.best_val_loss,
+        "model": weights,
+        "optimizer": optimizer_state,
+        "scaler": state.scaler.state_dict(),
+        "rng": {"torch": torch.get_rng_state()},  # unused: every micro-batch reseeds
+        "config": to_dict(config),
+        "tokenizer": dataset.tokenizer.to_dict(),
+        "data_hash": dataset.hash,
+        "run": state.run,
+    }
     folder = Path(config.checkpoint_dir)
     for name in names:
         checkpoint.save(folder / name.format(state.step), contents)
-    numbered = list(folder.glob(checkpoint.NUMBERED.format("*")))
-    numbered.sort(key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
-    for path in numbered[: -config.keep_checkpoints or None]:
+    numbered = folder.glob(checkpoint.NUMBERED.format("*"))
+    by_step = sorted(numbered, key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
+    for path in by_step[: -config.keep_checkpoints or None]:
         path.unlink(missing_ok=True)
 
 

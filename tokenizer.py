@@ -9,12 +9,10 @@ A saved tokenizer is one JSON object (Fields). A new kind is a subclass of Token
 """
 
 import codecs
-import functools
 import hashlib
 import json
 import re
 import sys
-from concurrent.futures import TimeoutError
 from itertools import pairwise
 from typing import Annotated, Literal, NotRequired
 
@@ -27,8 +25,7 @@ from files import atomic_write, check_json, in_thread, read_bytes
 
 TOKENIZER_FORMAT = 1  # of the JSON; incremented when an older reader would misread a newer file
 END_OF_TEXT = "<|endoftext|>"
-MOST_BYTES, MOST_TOKENS = 16 << 20, 1 << 20  # of a tokenizer.json; nothing real comes near
-MOST_SPECIAL = 1 << 14  # special tokens, those included that no text is encoded to
+MOST_BYTES, MOST_TOKENS, MOST_SPECIAL = 16 << 20, 1 << 20, 1 << 14  # nothing real comes near
 MOST_MERGING = 1 << 26  # sum over the tokens of their length squared: what `merges` takes
 DOWNLOAD_SECONDS = 30  # for GPT-2's vocabulary, 1.5 MB; from tiktoken's cache it takes under one
 
@@ -39,24 +36,24 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+)|\s+"
 CUT = "\0"  # separates the parts of a text while it is encoded
 # whether \s matches a code point, the last entry for all above; isspace knows four separators more
 IS_SPACE = np.array([chr(c).isspace() and not 0x1C <= c <= 0x1F for c in range(0x3002)])
-# up to the last white space that follows anything else: no word of WORDS reaches across that place
-LAST_CUT = re.compile(r"(?s:.*\S)(?=[ \t\r\n\u3000])")
+# up to the last white space that follows anything else, or nothing: no word of WORDS crosses it
+LAST_CUT = re.compile(r"(?s:.*\S)(?=[ \t\r\n\u3000])|")
 
 # GPT-2 writes each byte as one printable character (a space is Ġ), and so do our tokens on disk.
 # The order is that of its first 256 ids: the printable bytes, then the others.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = PRINTABLE + [byte for byte in range(256) if byte not in PRINTABLE]
-SYMBOLS = [chr(byte) for byte in PRINTABLE] + [chr(256 + n) for n in range(256 - len(PRINTABLE))]
+SYMBOLS = [*map(chr, PRINTABLE), *map(chr, range(0x100, 0x144))]
 BYTE_OF = dict(zip(SYMBOLS, BYTES, strict=True))
 SYMBOL_OF = dict(zip(BYTES, SYMBOLS, strict=True))
 
 
 class Tokenizer:
-    """A kind has `kind`, `vocab_size`, `_bytes` (of each id), `to_dict` (with "format" and "kind"),
-    `from_dict`, `encode_to_numpy`, and `train` if it learns from the text.
+    """A kind has `kind`, `vocab_size`, `_bytes` (by id), `encode_to_numpy`, `to_dict`: "format",
+    "kind" and the constructor's arguments, and `train` if it learns from the text.
     """
 
-    eot_id = None  # the id that ends a document
+    eot = eot_id = None  # what ends a document
 
     def encode(self, text: str) -> list[int]:
         return self.encode_to_numpy(text).tolist()
@@ -66,11 +63,10 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids) -> bytes:
-        ids = [int(i) for i in ids]
-        for n, i in enumerate(ids):
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {i} at position {n} is not below {self.vocab_size:,}")
-        return b"".join([self._bytes[i] for i in ids])
+        try:
+            return b"".join([self._bytes[int(i)] for i in ids])
+        except KeyError as error:
+            raise ValueError(f"token id {error} is not below {self.vocab_size:,}") from None
 
     def safe_cut(self, text: str) -> int:
         """The last position where a cut changes no token, else 0; here the end, or before \\r."""
@@ -95,8 +91,10 @@ class CharTokenizer(Tokenizer):
     kind = "char"
 
     def __init__(self, characters: list[str]):
-        self.characters = characters
-        self.vocab_size, self._bytes = len(characters), [c.encode() for c in characters]
+        if len(set(characters)) < len(characters):
+            raise ValueError("'characters' has one of them twice")
+        self.characters, self.vocab_size = characters, len(characters)
+        self._bytes = {i: character.encode() for i, character in enumerate(characters)}
         codes = np.array([ord(character) for character in characters], dtype=np.int64)
         # code point -> id, -1 if unknown; the last entry is for all code points above
         self._id_of = np.full(codes.max(initial=-1) + 2, -1, dtype=np.int32)
@@ -113,42 +111,40 @@ class CharTokenizer(Tokenizer):
         ids = self._id_of[np.minimum(codes, len(self._id_of) - 1)]
         if ids.min(initial=0) < 0:
             i = int(np.argmax(ids < 0))
-            where = f"character U+{codes[i]:04X} {text[i]!r} at position {i}"
-            raise ValueError(f"{where} is not in the vocabulary ({self.vocab_size} characters)")
+            what = f"character U+{codes[i]:04X} {text[i]!r} at position {i}"
+            raise ValueError(f"{what} is not in the vocabulary ({self.vocab_size} characters)")
         return ids.astype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def to_dict(self) -> dict:
         return {"format": TOKENIZER_FORMAT, "kind": self.kind, "characters": self.characters}
 
-    @classmethod
-    def from_dict(cls, fields: dict) -> "CharTokenizer":
-        if len(set(fields["characters"])) < len(fields["characters"]):
-            raise ValueError("'characters' has one of them twice")
-        return cls(fields["characters"])
-
 
 class BPETokenizer(Tokenizer):
     """Byte-level BPE: 256 bytes, then the merges in the order they were learned, then end of text.
 
-    `tokens` are spelt in SYMBOLS; half a surrogate pair is encoded as U+FFFD. `special`: text -> id
-    of tokens that no text is encoded to, `eot` the one of them that ends a document.
+    `tokens`, a list or with spaces between, are spelt in SYMBOLS; `special`: text -> id of tokens
+    that no text is encoded to, `eot` the one of them that ends a document.
     """
 
     kind = "bpe"
 
-    def __init__(self, tokens: list[str], special: dict[str, int] | None = None, eot=END_OF_TEXT):
-        self.tokens = tokens
+    def __init__(self, tokens: list[str] | str, special: dict | None = None, eot=END_OF_TEXT):
+        if isinstance(tokens, str):
+            tokens = tokens.split(" ", MOST_TOKENS)  # more leave a rest with spaces, no symbols
         self.special = {END_OF_TEXT: len(tokens)} if special is None else special
-        self.eot = eot if eot in self.special else None
-        self.eot_id = self.special.get(eot)
+        self.tokens, self.eot, self.eot_id = tokens, eot, self.special.get(eot)
         self.vocab_size = len(tokens) + len(self.special)
         free = sorted(set(range(self.vocab_size)) - set(self.special.values()))
-        if len(free) > len(tokens):
-            raise ValueError("'special' has an id twice, or one beyond the vocabulary")
+        distinct, symbols = set(tokens) - {""}, set(SYMBOLS)
+        is_spelt = distinct >= symbols == set("".join(tokens))
+        is_short = sum(len(token) ** 2 for token in tokens) <= MOST_MERGING
+        if not (is_spelt and is_short and len(tokens) == len(distinct) == len(free)):
+            what = "'tokens' must be distinct, short, in GPT-2's 256 symbols, with each of them"
+            raise ValueError(f"{what}; the ids of 'special' distinct, in the vocabulary")
         self.id_of = dict(zip(tokens, free, strict=True))
         ranks = {bytes([BYTE_OF[symbol] for symbol in t]): i for t, i in self.id_of.items()}
-        names = {text.encode(): i for text, i in self.special.items()}
-        self._bytes = {i: raw for raw, i in [*ranks.items(), *names.items()]}
+        self._bytes = {i: raw for raw, i in ranks.items()}
+        self._bytes |= {i: text.encode() for text, i in self.special.items()}
         cut = {CUT: self.vocab_size}
         self._encoding = tiktoken.Encoding(
             self.kind, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=cut
@@ -171,22 +167,21 @@ class BPETokenizer(Tokenizer):
         return cls(sorted(id_of, key=id_of.get))
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        """Ids of text, uint32; releases the GIL."""
+        """Ids of text, uint32, with U+FFFD for half a surrogate pair; releases the GIL."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         encoding, dtype = ("ascii", np.uint8) if text.isascii() else ("utf-32-le", "<u4")
         space = IS_SPACE.take(np.frombuffer(text.encode(encoding), dtype), mode="clip")
         # before the last character of each run of white space that a word follows
         cuts = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
         parts = [text[i:j] for i, j in pairwise([0, *cuts.tolist(), len(text)])]
-        encode = functools.partial(self._encoding.encode_to_numpy, disallowed_special=())
+        encode = self._encoding.encode_to_numpy
         if CUT in text:
-            return np.concatenate([encode(part) for part in parts])
+            return np.concatenate([encode(part, disallowed_special=()) for part in parts])
         ids = encode(CUT.join(parts), allowed_special={CUT})
         return ids[ids < self.vocab_size]
 
     def safe_cut(self, text: str) -> int:
-        found = LAST_CUT.match(text)
-        return found.end() if found else 0
+        return LAST_CUT.match(text).end()
 
     def merges(self) -> list[list[str]]:
         """For each token but single bytes the two that merge into it, in the order of learning;
@@ -197,7 +192,7 @@ class BPETokenizer(Tokenizer):
             parts = list(token)
             while len(parts) > 2:  # merge the lowest rank first, as encoding does
                 pairs = [rank.get(a + b, rank[token]) for a, b in pairwise(parts)]
-                i = min(range(len(pairs)), key=pairs.__getitem__)
+                i = pairs.index(min(pairs))
                 if pairs[i] >= rank[token]:
                     raise ValueError(f"token {token!r} is not made of two earlier ones")
                 parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -210,38 +205,22 @@ class BPETokenizer(Tokenizer):
             fields |= {"special": self.special, "eot": self.eot}
         return fields
 
-    @classmethod
-    def from_dict(cls, fields: dict) -> "BPETokenizer":
-        if fields["tokens"].count(" ") + len(fields.get("special", ())) >= MOST_TOKENS:
-            raise ValueError(f"'tokens' has more than {MOST_TOKENS:,}")
-        tokens, symbols = fields["tokens"].split(" "), set(SYMBOLS)
-        if sum(len(token) ** 2 for token in tokens) > MOST_MERGING:
-            raise ValueError(f"'tokens' are too long, up to {max(map(len, tokens)):,} bytes")
-        distinct = set(tokens) - {""}
-        if len(distinct) < len(tokens) or not distinct >= symbols == set("".join(tokens)):
-            raise ValueError("'tokens' must be distinct, in GPT-2's 256 symbols, with each of them")
-        if "special" in fields:
-            return BPETokenizer(tokens, fields["special"], fields.get("eot"))
-        return cls(tokens)
-
 
 class GPT2Tokenizer(BPETokenizer):
     """GPT-2's own vocabulary of 50,257: from tiktoken, or from one that was saved."""
 
     kind = "gpt2"
 
-    def __init__(self, tokens: list[str] | None = None):
+    def __init__(self, tokens: list[str] | str | None = None, special=None, eot=END_OF_TEXT):
         if tokens is None:
             try:  # tiktoken downloads them once, and would wait forever
                 found = in_thread(tiktoken.get_encoding, "gpt2").result(DOWNLOAD_SECONDS)
-            except (OSError, ValueError, TimeoutError):
+            except (OSError, ValueError):  # the first is TimeoutError, too
                 cache = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe"
                 raise ValueError(f"GPT-2's vocabulary cannot be downloaded; {cache}") from None
             words = map(found.decode_single_token_bytes, range(found.eot_token))
             tokens = ["".join(map(SYMBOL_OF.get, word)) for word in words]
-        if len(tokens) != 50256:
-            raise ValueError(f"GPT-2 has 50,256 tokens and {END_OF_TEXT}, not {len(tokens):,}")
-        super().__init__(tokens)
+        super().__init__(tokens, special, eot)
 
 
 Special = dict[Annotated[str, Field(max_length=1000)], NonNegativeInt]
@@ -264,8 +243,9 @@ def load_tokenizer(source) -> Tokenizer:
     content = source if isinstance(source, dict) else read_bytes(source, MOST_BYTES)
     try:
         fields = check_json(content, Fields)
-        return KINDS[fields["kind"]].from_dict(fields)
-    except (KeyError, ValueError) as error:
+        del fields["format"]
+        return KINDS[fields.pop("kind")](**fields)
+    except (TypeError, ValueError) as error:
         name = "tokenizer" if content is source else source
         raise ValueError(f"{name} is not a tokenizer: {error}") from None
 
@@ -278,7 +258,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The text that is complete with this id; often empty inside Chinese or emoji."""
+        """The text that is complete with this id."""
         return self._utf8.decode(self.tokenizer.decode_bytes([token_id]))
 
     def flush(self) -> str:

@@ -49,7 +49,12 @@ from utils import autocast, deterministic, pick_device, to_device
 
 
 class Interrupted(Exception):
-    """Raised after a signal, once the state is saved; exit_code is 128 + the signal's number."""
+    """A signal ended the run; its state is saved."""
+
+    def __init__(self, signum: int, where: str):
+        go_on = "the same command without --fresh goes on from there"
+        super().__init__(f"{signal.Signals(signum).name} after step {where}; {go_on}")
+        self.exit_code = 128 + signum
 
 
 def train(
@@ -64,11 +69,11 @@ def train(
     return the last object logged to metrics.jsonl.
 
     resume requires a checkpoint, fresh sets an earlier run's aside; initial is a checkpoint's dict
-    whose weights a new run starts from; eval_only returns {"step": ..., "val_loss": ...}, changing
-    nothing; run_name names the run's folder in log_dir. All processes of torchrun call it alike.
+    whose weights a new run starts from (emptied then); eval_only returns step and val_loss, and
+    changes nothing; run_name names the run's folder in log_dir. All ranks call it alike.
     ValueError for user errors, CheckpointError, WriteError, NonFiniteError, Interrupted, PeerError.
     """
-    to_save, config, dataset, device, why = resolve(config)
+    to_save, config, dataset, device = resolve(config)
     if initial is not None:
         check_vocabulary(initial, dataset)
     with contextlib.ExitStack() as stack:
@@ -88,8 +93,9 @@ def train(
         others = {"rank": rank(), "world_size": world_size(), "vocab_size": config.vocab_size}
         sampler = BatchSampler(dataset.train, T, B, micro_batches, config.seed, **others)
         state = build_state(config, device, saved, initial)
-        del saved, initial  # free the loaded tensors
-        describe_run(state, config, dataset, f"{device} ({why})")
+        for loaded in filter(None, (saved, initial)):
+            loaded.clear()  # frees the tensors
+        describe_run(state, config, dataset, device)
         if eval_only:
             val_loss = estimate_loss(state.forward, dataset.val, config, device)
             return {"step": state.step, "val_loss": val_loss}
@@ -175,10 +181,8 @@ def train(
                 save_state(state, to_save, dataset, [*due, checkpoint.LATEST])
                 since, since_step = time.perf_counter(), state.step
             if signum is not None and not finished:
-                where = f"{state.step} of {config.max_iters}; saved in {config.checkpoint_dir}"
-                stopped = Interrupted(f"{signal.Signals(signum).name} after step {where}")
-                stopped.exit_code = 128 + signum
-                raise stopped
+                where = f"{state.step} of {config.max_iters}, saved in {config.checkpoint_dir}"
+                raise Interrupted(signum, where)
     return report(state, config, log)
 
 
@@ -215,9 +219,9 @@ def out_of_patience(log, config) -> bool:
     return True
 
 
-def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device, str]:
+def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device]:
     """Check config against data and machine. Returns it as checkpoints save it, and with all unset
-    fields filled in; the data set; the device, and why it was picked. ValueError for conflicts.
+    fields filled in; the data set; the device. ValueError for conflicts.
     """
     validate(config)
     logger.check_place()
@@ -226,7 +230,7 @@ def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device,
         wrong = f"--gradient_accumulation_steps {micro_batches}: not divisible by {processes}"
         more = math.ceil(micro_batches / processes) * processes
         raise ValueError(f"{wrong} processes; take {more}")
-    device, why = pick_device(config.device)
+    device = pick_device(config.device)
     dataset = TokenDataset(config.data_dir)
     dataset.require(config.block_size)
     to_save = replace(config, vocab_size=dataset.tokenizer.vocab_size)
@@ -234,15 +238,15 @@ def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device,
     dtype = config.dtype or utils.pick_dtype(device)
     config = settings.derived(replace(to_save, device=str(device), dtype=dtype, compile=compiled))
     validate(config)  # what the machine decided, too
-    return to_save, config, dataset, device, why
+    return to_save, config, dataset, device
 
 
 def describe_run(state, config, dataset, device):
     """Log device, model, data and schedule."""
-    inside = getattr(state.forward, "module", state.forward)  # of DDP
-    compiled = "" if inside is state.model else ", compiled"
     shared = f", {world_size()} processes ({config.parallel})" if world_size() > 1 else ""
-    log_row("device", f"{device}, {config.dtype}{compiled}{shared}")
+    is_cuda, threads = device.type == "cuda", torch.get_num_threads()
+    kind = torch.cuda.get_device_name(device) if is_cuda else f"{threads} threads"
+    log_row("device", f"{device} ({kind}), {config.dtype}{shared}")
     size = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels"
     log_row("model", f"{state.model.num_params():,} parameters: {size}")
     kind = f"{dataset.tokenizer.kind}, a vocabulary of {config.vocab_size:,}"
@@ -263,11 +267,11 @@ def report(state, config, log) -> dict:
     if state.step > log.first_step:
         log_row("done", f"{state.step:,} steps in {logger.human_time(last['seconds'])}", "green")
     else:
-        over = f"this run is over, at step {state.step:,} of {config.max_iters:,}"
+        where = f"this run is over, at step {state.step:,} of {config.max_iters:,}"
+        log_row("finished", where, "green")
         more = f"--max_iters {max(100, 2 * state.step)}"
         longer = more if state.step >= config.max_iters else "--patience none"
-        go_on = f"{longer} trains it for longer, --fresh starts a new one"
-        log_row("finished", f"{over}\n{go_on}", "green")
+        log_row("", f"{longer} trains it for longer, --fresh starts a new one")
     if (loss := state.best_val_loss) is not None:
         log_row("best", f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
     path = checkpoint.best_in(config.checkpoint_dir)
@@ -277,7 +281,8 @@ def report(state, config, log) -> dict:
     which = [] if is_default else ["--checkpoint", path]
     tensorboard = from_here(Path(sys.executable).with_name("tensorboard"))
     curves = logger.quoted(tensorboard, "--logdir", Path(config.log_dir))
-    logger.log_next(command_for("generate.py", *which, "--interactive"), curves)
+    generate = command_for("generate.py", *which, "--interactive")
+    log_row("next", f"{generate}\n{curves}", fold=False)
     return last
 
 
@@ -324,17 +329,11 @@ def main(argv=None) -> int:
     config = with_preset(config, chosen, dataset, initial)
     if options.prompt is not None:  # fail now, not at the end of the run
         dataset.tokenizer.encode(options.prompt)
-    initial = [initial]  # popped by the call, so that train can free the weights
     halve = f"halve --batch_size (now {config.batch_size}) and double"
     steps = f"--gradient_accumulation_steps (now {config.gradient_accumulation_steps})"
-    try:
-        with utils.out_of_memory(f"{halve} {steps}, or make the model smaller"):
-            resume, fresh, name = options.resume, options.fresh, options.run_name
-            last = train(config, resume, fresh, initial.pop(), options.eval_only, name)
-    except Interrupted as stopped:
-        log_row("stopped", str(stopped), "yellow")
-        log_row("next", "the same command, without --fresh, goes on from there")
-        return stopped.exit_code
+    with utils.out_of_memory(f"{halve} {steps}, or make the model smaller"):
+        how = options.resume, options.fresh, initial, options.eval_only, options.run_name
+        last = train(config, *how)
     if rank() > 0:
         return 0
     if options.eval_only:
@@ -343,8 +342,8 @@ def main(argv=None) -> int:
     elif options.prompt is not None:
         path = checkpoint.best_in(config.checkpoint_dir)
         model, tokenizer = checkpoint.load_model(path, config.device)
-        how = options.prompt, options.max_new_tokens
-        print(sample_text(model, tokenizer, *how, seed=config.seed))
+        how = {"max_new_tokens": options.max_new_tokens, "seed": config.seed}
+        print(sample_text(model, tokenizer, options.prompt, **how))
     return 0
 
 
@@ -396,7 +395,7 @@ def with_preset(config, chosen, dataset, initial=None) -> GPT2Config:
     keep = chosen if initial is None else chosen | set(MODEL_FIELDS)
     values = GPT2_CONFIGS.get(config.preset, {})  # none is {}
     if config.preset == "auto":
-        device_type = pick_device(config.device)[0].type
+        device_type = pick_device(config.device).type
         sizes = len(dataset.train), len(dataset.val), dataset.vocab_size
         trained = None if initial is None else config.block_size
         name, values = settings.auto_preset(device_type, *sizes, world_size(), trained)

@@ -17,30 +17,19 @@ PEAK_FLOPS = (
 )
 
 
-def pick_device(name: str | None = None) -> tuple[torch.device, str]:
-    """The device to use, on CUDA one for each process, and why; ValueError if it is not there."""
+def pick_device(name: str | None = None) -> torch.device:
+    """The device to use, on CUDA one for each process; ValueError if it is not there."""
     there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
-    try:
-        device = torch.device(there[0] if name is None else name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in there:
+    name = there[0] if name is None else name
+    if not re.fullmatch(rf"({'|'.join(there)})(:\d\d?)?", name):
         raise ValueError(f"--device {name}: not there, or not for this torch; use {there[0]}")
+    device = torch.device(name)
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
         device, count = torch.device("cuda", index), torch.cuda.device_count()
         if index >= count:
-            raise ValueError(
-                f"--device {device}: there are {count} GPUs, from cuda:0, one a process"
-            )
-    if name is not None:
-        return device, "as asked"
-    if device.type == "cuda":
-        return device, torch.cuda.get_device_name(device)
-    if device.type == "mps":
-        return device, "Apple GPU"
-    threads = torch.get_num_threads()
-    return device, f"no GPU found, {threads} thread{'s' * (threads != 1)}"
+            raise ValueError(f"--device {device}: there are {count} GPUs, one a process")
+    return device
 
 
 def pick_dtype(device: torch.device) -> str:
@@ -57,9 +46,7 @@ def pick_dtype(device: torch.device) -> str:
 
 def autocast(device: torch.device, dtype: str):
     """Mixed precision: matrix products in bf16 or fp16, weights and sums kept in float32."""
-    if dtype in ("bfloat16", "float16"):
-        return torch.autocast(device.type, getattr(torch, dtype))
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype), dtype in ("bfloat16", "float16"))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -83,18 +70,16 @@ def peak_mb(device: torch.device) -> float | None:
     """Peak memory in MB: of a CUDA device's tensors, else resident; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:
-        return None
-    kilobyte = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kilobyte
+
+        unit = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes, others kilobytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def set_up_device(device: torch.device, thrifty: bool = False):
     """CUDA: TF32 for float32 matmuls; no cuDNN attention, which plans anew for each length. CPU:
-    malloc keeps freed memory, as returning it at each step costs a third of GPT-2 124M's training
-    time; thrifty: tensors of 1 MB or more are mapped and returned when freed.
+    malloc keeps freed memory (else a step takes half as long again), thrifty: below 1 MB only.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -106,8 +91,7 @@ def set_up_device(device: torch.device, thrifty: bool = False):
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(trim_threshold, 2**17 if thrifty else -1)
             libc.mallopt(mmap_max, 2**16 if thrifty else 0)
-            if thrifty:
-                libc.mallopt(mmap_threshold, 2**20)
+            libc.mallopt(mmap_threshold, 2**20)
 
 
 @contextlib.contextmanager
@@ -128,12 +112,12 @@ def out_of_memory(remedy: str):
     try:
         yield
     except Exception as error:
-        said = re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error))
-        if said or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            problem = ValueError(f"out of memory: {remedy}")
-            problem.rank_local = True  # other ranks may not hit it, so each prints its own
-            raise problem from error
-        raise
+        texts = "out of memory|ALLOC_FAILED|DefaultCPUAllocator"
+        if not isinstance(error, MemoryError) and not re.search(texts, str(error)):
+            raise
+        problem = ValueError(f"out of memory: {remedy}")
+        problem.rank_local = True  # other ranks may not hit it, so each prints its own
+        raise problem from error
 
 
 def derived_seed(*numbers: int) -> int:

@@ -192,7 +192,7 @@ def settings(argv, doc, cls, usage) -> tuple:
 
 def on_device(config) -> GPT2Config:
     """config with what this machine decides where it is not set."""
-    device, _ = pick_device(config.device)
+    device = pick_device(config.device)
     compiled = device.type == "cuda" if config.compile is None else config.compile
     dtype = config.dtype or pick_dtype(device)
     return replace(config, device=str(device), dtype=dtype, compile=compiled)

@@ -21,7 +21,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import files  # noqa: E402
 from config import GPT2Config  # noqa: E402
 
 TEXT = "".join(
@@ -117,10 +116,9 @@ def server(name, body, status=200, length=None):
 
 @pytest.fixture
 def only_this_machine(monkeypatch):
-    """No proxy between us and 127.0.0.1, and no waiting before a download is tried again."""
+    """No proxy between us and 127.0.0.1."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(files, "PAUSE", 0)
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,18 @@
-"""Hostile checkpoints: archives and pickles as torch.save never writes them, each a function of the
-path; one for each thing that reading checks. A new one is marked `@hostile("what load says")`.
+"""Hostile checkpoints: archives and pickles as torch.save never writes them; one for each thing
+that reading checks. CASES: name -> what load says, and a function that writes the file to a path.
 """
 
 import os
 import pickle
 import struct
 import zipfile
+from functools import partial
 
 import torch
 from test_checkpoint import make_state
 
-FILES = {}  # name -> (function, what load says)
 TORCH = b"ctorch._utils\n_rebuild_tensor_v2\n"
-
-
-def hostile(says):
-    def add(function):
-        FILES[function.__name__.replace("_", " ")] = function, says
-        return function
-
-    return add
+SCALE = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
 
 
 def archive(path, pickled, record=b""):
@@ -29,14 +22,16 @@ def archive(path, pickled, record=b""):
         file.writestr("archive/data/0", record)
 
 
-def saved(path, **changes):
-    """A checkpoint that is right but for these keys."""
-    torch.save(make_state() | changes, path)
+def write_value(make, path):
+    archive(path, b"\x80\x02}" + string(b"a") + make() + b"s.", bytes(400))
 
 
-def one_value(path, value: bytes, record=b""):
-    """A dict with a key whose value is what these operations make."""
-    archive(path, b"\x80\x02}X\x01\x00\x00\x00a" + value + b"s.", record)
+def write_pickle(make, path):
+    archive(path, make())
+
+
+def write_state(make, path):
+    torch.save(make_state() | make(), path)
 
 
 def string(text: bytes) -> bytes:
@@ -55,7 +50,9 @@ def tensor(rows: int, columns: int, stride=(1, 1), key=b"0") -> bytes:
     return TORCH + b"(" + storage + integer(100) + b"tQ" + b"K\x00" + size + steps + b"\x89}tR"
 
 
-# ---------------------------------------------------------------- containers
+def keys_of_equal_hashes() -> bytes:
+    numbers = (n * (2**61 - 1) for n in range(1, 60_000))
+    return b"}(" + b"".join(integer(n) + b"K\x00" for n in numbers) + b"u"
 
 
 def doubled(make):
@@ -65,122 +62,73 @@ def doubled(make):
     return value
 
 
-@hostile("in several places")
-def lists_within_lists(path):
-    saved(path, config=doubled(lambda a, b: [a, b]))
-
-
-@hostile("in several places")
-def tuples_within_tuples(path):
-    saved(path, rng=doubled(lambda a, b: (a, b)))
-
-
-@hostile("in several places")
-def a_dict_in_itself(path):
+def in_itself():
     value = {}
     value["a"] = value
-    saved(path, scaler=value)
+    return value
 
 
-@hostile("not usable")
-def a_hundred_thousand_brackets(path):
-    deep = b"]" * 100_000 + b"a" * 99_999
-    archive(path, b"\x80\x02}" + string(b"config") + b"}" + string(b"a") + deep + b"ss.")
+def optimizer(change):
+    """The optimizer's state, in which change has altered that of each weight."""
+    found = make_state()["optimizer"]
+    for kept in found.values():
+        change(kept)
+    return found
 
 
-@hostile("equal hashes")
-def keys_of_equal_hashes(path):
-    numbers = (n * (2**61 - 1) for n in range(1, 60_000))
-    one_value(path, b"}(" + b"".join(integer(n) + b"K\x00" for n in numbers) + b"u")
+def muon_s(kept):
+    kept["momentum_buffer"] = kept.pop("exp_avg")
+    del kept["exp_avg_sq"]
 
 
-@hostile("too long")
-def millions_of_values(path):
-    one_value(path, b"](" + b"N" * 5_000_000 + b"e")
+# the operations that make one value, and the bytes of the file's only storage
+VALUES = {
+    "keys of equal hashes": ("equal hashes", keys_of_equal_hashes),
+    "millions of values": ("too long", lambda: b"](" + b"N" * 5_000_000 + b"e"),
+    "a string of 100 MB": ("too large", lambda: string(b"x" * 10**8)),
+    "a string in a hundred thousand places": (
+        "larger than the file",
+        lambda: b"](" + string(b"x" * 10**7) + b"q\x00" + b"h\x00" * 100_000 + b"e",
+    ),
+    "brackets": ("not usable", lambda: b"}" + string(b"a") + b"]" * 10**5 + b"a" * 99_999 + b"s"),
+    "a command": ("run code", lambda: b"cos\nsystem\n" + string(b"touch /x.x") + b"\x85R"),
+    "bytearray": ("run code", lambda: b"cbuiltins\nbytearray\n" + integer(8 << 30) + b"\x85R"),
+    "tensor of 40 GB": ("run code", lambda: b"ctorch\nTensor\n" + 2 * integer(10**5) + b"\x86R"),
+    "storage": ("run code", lambda: b"ctorch\nFloatStorage\n" + integer(10**10) + b"\x85R"),
+    "the elements of a tensor": ("run code", lambda: tensor(10**8, 0) + b"Q"),
+    "a record outside": ("not usable", lambda: tensor(10, 10, key=b"../../../../etc/passwd")),
+    "a size beyond its storage": ("out of bounds", lambda: tensor(10**5, 10**5, (10**5, 1))),
+    "strides of nothing": ("larger than the file", lambda: tensor(10**5, 10**5, (0, 0))),
+    "sizes that overflow": ("not usable", lambda: tensor(2**31, 2**30, (0, 0))),
+}
+PICKLES = {
+    "a name from the stack": ("run code", lambda: pickle.dumps(os.getcwd, protocol=4)),
+    "operations without their values": ("not usable", lambda: b"\x80\x02RRR."),
+    "a pickle that ends early": ("not usable", lambda: b"\x80\x02}(X\xff\xff\xff\xffa"),
+}
+# what differs from a checkpoint that is right
+STATES = {
+    "lists": ("in several places", lambda: {"config": doubled(lambda a, b: [a, b])}),
+    "tuples": ("in several places", lambda: {"rng": doubled(lambda a, b: (a, b))}),
+    "a dict in itself": ("in several places", lambda: {"scaler": in_itself()}),
+    "a number of 600 digits": (
+        "n_layer 1000.*: must be",
+        lambda: {"config": {"n_layer": 10**600}},
+    ),
+    "adamw for muon": (
+        "that muon keeps",
+        lambda: {"config": make_state()["config"] | {"optimizer": "muon"}},
+    ),
+    "muon for adamw": ("that adamw keeps", lambda: {"optimizer": optimizer(muon_s)}),
+    "a step of many": (
+        "that adamw keeps",
+        lambda: {"optimizer": optimizer(lambda kept: kept.update(step=torch.zeros(3)))},
+    ),
+    "infinite scale": ("scaler.scale", lambda: {"scaler": SCALE | {"scale": float("inf")}}),
+    "another scaler": ("scaler.other", lambda: {"scaler": SCALE | {"other": 1.0}}),
+}
 
 
-@hostile("too large")
-def a_string_of_100_mb(path):
-    one_value(path, string(b"x" * 10**8))
-
-
-@hostile("larger than the file")
-def a_string_in_a_hundred_thousand_places(path):
-    one_value(path, b"](" + string(b"x" * 10**7) + b"q\x00" + b"h\x00" * 100_000 + b"e")
-
-
-@hostile("n_layer 1000.*: must be")
-def a_number_of_600_digits(path):
-    saved(path, config={"n_layer": 10**600})
-
-
-# ---------------------------------------------------------------- functions and tensors
-
-
-@hostile("might run code")
-def a_command(path):
-    one_value(path, b"cos\nsystem\n" + string(b"touch /x.x") + b"\x85R")
-
-
-@hostile("might run code")
-def bytearray_of_8_gb(path):
-    one_value(path, b"cbuiltins\nbytearray\n" + integer(8 << 30) + b"\x85R")
-
-
-@hostile("might run code")
-def tensor_of_40_gb(path):
-    one_value(path, b"ctorch\nTensor\n" + integer(10**5) + integer(10**5) + b"\x86R")
-
-
-@hostile("might run code")
-def storage_of_40_gb(path):
-    one_value(path, b"ctorch\nFloatStorage\n" + integer(10**10) + b"\x85R")
-
-
-@hostile("might run code")
-def the_elements_of_a_tensor(path):
-    one_value(path, tensor(10**8, 0) + b"Q", bytes(400))
-
-
-@hostile("might run code")
-def a_name_from_the_stack(path):
-    archive(path, pickle.dumps(os.getcwd, protocol=4))
-
-
-@hostile("not usable")
-def a_record_outside(path):
-    one_value(path, tensor(10, 10, key=b"../../../../etc/passwd"), bytes(400))
-
-
-@hostile("out of bounds")
-def a_size_beyond_its_storage(path):
-    one_value(path, tensor(10**5, 10**5, (10**5, 1)), bytes(400))
-
-
-@hostile("larger than the file")
-def strides_of_nothing(path):
-    one_value(path, tensor(10**5, 10**5, (0, 0)), bytes(400))
-
-
-@hostile("not usable")
-def sizes_that_overflow(path):
-    one_value(path, tensor(2**31, 2**30, (0, 0)), bytes(400))
-
-
-@hostile("not usable")
-def operations_without_their_values(path):
-    archive(path, b"\x80\x02RRR.")
-
-
-@hostile("not usable")
-def a_pickle_that_ends_early(path):
-    archive(path, b"\x80\x02}(X\xff\xff\xff\xffa")
-
-
-# ---------------------------------------------------------------- archives
-
-
-@hostile("table of contents")
 def half_a_million_records(path):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", b"\x80\x02}.")
@@ -191,53 +139,10 @@ def half_a_million_records(path):
     path.write_bytes(raw[:start] + entry + end)
 
 
-@hostile("not a regular file")
-def a_fifo(path):
-    os.mkfifo(path)
-
-
-@hostile("not a regular file")
-def a_link_to_zeros(path):
-    path.symlink_to("/dev/zero")
-
-
-# ---------------------------------------------------------------- states
-
-
-def optimizer(change):
-    state = make_state()
-    for kept in state["optimizer"].values():
-        change(kept)
-    return {"optimizer": state["optimizer"]}
-
-
-@hostile("that muon keeps")
-def adamw_for_muon(path):
-    saved(path, config=make_state()["config"] | {"optimizer": "muon"})
-
-
-@hostile("that adamw keeps")
-def muon_for_adamw(path):
-    def change(kept):
-        kept["momentum_buffer"] = kept.pop("exp_avg")
-        del kept["exp_avg_sq"]
-
-    saved(path, **optimizer(change))
-
-
-@hostile("has shape")
-def a_step_of_many(path):
-    saved(path, **optimizer(lambda kept: kept.update(step=torch.zeros(3))))
-
-
-SCALE = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
-
-
-@hostile("scaler.scale")
-def a_scale_that_is_not_finite(path):
-    saved(path, scaler=SCALE | {"scale": float("inf")})
-
-
-@hostile("scaler.other")
-def a_scaler_of_another_kind(path):
-    saved(path, scaler=SCALE | {"other": 1.0})
+CASES = {
+    "half a million records": ("table of contents", half_a_million_records),
+    "a FIFO": ("not a regular file", os.mkfifo),
+    "a link to zeros": ("not a regular file", lambda path: path.symlink_to("/dev/zero")),
+}
+for kind, write in ((VALUES, write_value), (PICKLES, write_pickle), (STATES, write_state)):
+    CASES |= {name: (says, partial(write, make)) for name, (says, make) in kind.items()}

@@ -66,23 +66,23 @@ def test_a_nanogpt_checkpoint_without_a_tokenizer_or_with_a_wrong_one(tmp_path, 
     assert load_double(tmp_path / "out.pt").config.gelu == "tanh"
 
 
-@pytest.mark.parametrize(
-    "change, code, said",
-    [
-        ({"model": {"lm_head.weight": 3}}, 2, "lm_head.weight"),
-        ({"model": {"lm_head.weight": torch.eye(3)}}, 2, "lm_head.weight"),
-        ({"model_args": {"n_layer": 10**9}}, 2, "n_layer 1000000000"),
-        ({"model_args": {"n_head": None}}, 2, "n_head None"),
-        ({"model": 3}, 3, "model: must be a valid dictionary"),
-    ],
-)
-def test_a_hostile_nanogpt_file_is_refused_by_name(tmp_path, capsys, change, code, said):
+HOSTILE = {  # what is said: what is changed
+    "lm_head.weight differs": {"model": {"lm_head.weight": torch.zeros(30, 24)}},
+    "model.lm_head.weight": {"model": {"lm_head.weight": 3}},
+    "n_layer 1000000000": {"model_args": {"n_layer": 10**9}},
+    "n_head None": {"model_args": {"n_head": None}},
+    "model: must be a valid dictionary": {"model": 3},
+}
+
+
+@pytest.mark.parametrize("said", HOSTILE)
+def test_a_hostile_nanogpt_file_is_refused_by_name(tmp_path, capsys, said):
     """test_hostile.py has pickles and damage."""
     nanogpt(tmp_path)
-    found, [(key, value)] = torch.load(tmp_path / "ckpt.pt"), change.items()
+    found, [(key, value)] = torch.load(tmp_path / "ckpt.pt"), HOSTILE[said].items()
     found[key] = found[key] | value if isinstance(value, dict) else value
     torch.save(found, tmp_path / "ckpt.pt")
-    assert from_nanogpt(tmp_path) == code and not (tmp_path / "out.pt").exists()
+    assert from_nanogpt(tmp_path) in (2, 3) and not (tmp_path / "out.pt").exists()
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and said in line
 
@@ -106,10 +106,9 @@ def read_gguf(path):
     return {name: field.contents() for name, field in found.fields.items()}, tensors
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias, gelu", [(True, "tanh"), (False, "exact")])
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
-def test_a_gguf_has_every_tensor_of_the_model(tmp_path, kind, bias, capsys):
-    gelu = "tanh" if bias else "exact"
+def test_a_gguf_has_every_tensor_of_the_model(tmp_path, kind, bias, gelu, capsys):
     path = ours(tmp_path / "ours.pt", BPETokenizer.train(MIXED, 400), bias=bias, gelu=gelu)
     assert cli("to_gguf", path, tmp_path / "new" / "out.gguf", "--type", kind) == 0
     assert ("differs by 0.0005 at most" in capsys.readouterr().err) == (gelu == "exact")
@@ -134,36 +133,32 @@ def test_a_gguf_has_every_tensor_of_the_model(tmp_path, kind, bias, capsys):
 
 def test_a_gguf_has_the_tokenizer_in_its_order(tmp_path, gpt2_vocabulary):
     for tokenizer in BPETokenizer.train(MIXED, 400), GPT2Tokenizer():
-        path = tmp_path / f"{tokenizer.kind}.gguf"
+        path, eot = tmp_path / f"{tokenizer.kind}.gguf", tokenizer.eot_id
         to_gguf(ours(tmp_path / f"{tokenizer.kind}.pt", tokenizer), path)
         fields, _ = read_gguf(path)
-        tokens, types, merges, eos, bos, kind, pre = [
-            fields[f"tokenizer.ggml.{name}"]
-            for name in "tokens token_type merges eos_token_id bos_token_id model pre".split()
-        ]
-        assert (kind, pre, eos, bos) == ("gpt2", "gpt-2", tokenizer.eot_id, tokenizer.eot_id)
-        assert len(tokens) == len(types) == tokenizer.vocab_size == fields["gpt2.vocab_size"]
-        assert types == [1] * eos + [3] and tokens == [*tokenizer.tokens, "<|endoftext|>"]
-        assert merges == [" ".join(pair) for pair in tokenizer.merges()]
+        expected = {"model": "gpt2", "pre": "gpt-2", "eos_token_id": eot, "bos_token_id": eot}
+        expected |= {"tokens": [*tokenizer.tokens, "<|endoftext|>"], "token_type": [1] * eot + [3]}
+        expected["merges"] = [" ".join(pair) for pair in tokenizer.merges()]
+        assert {name: fields[f"tokenizer.ggml.{name}"] for name in expected} == expected
+        assert fields["gpt2.vocab_size"] == tokenizer.vocab_size
 
 
 NO_END = BPETokenizer(SYMBOLS, {"<s>": 0}, None)
 REFUSED = [  # what is said, tokenizer, settings, command and flags
-    ("llama.cpp needs a bpe or gpt2 tok", CharTokenizer.train("ab"), {}, ["to_gguf"]),
-    ("llama.cpp needs a bpe or gpt2 tok", None, {}, ["to_gguf"]),
-    ("with an end of text", NO_END, {}, ["to_gguf"]),
-    ("take --type f16", BPETokenizer(SYMBOLS), {"n_embd": 24}, ["to_gguf", "--type", "q8_0"]),
-    ("--gelu: for from_nanogpt only", BPETokenizer(SYMBOLS), {}, ["to_gguf", "--gelu", "tanh"]),
-    ("position rope: ", BPETokenizer(SYMBOLS), {"position": "rope"}, ["to_gguf"]),
-    ("position alibi: ", BPETokenizer(SYMBOLS), {"position": "alibi"}, ["to_hf"]),
+    ("llama.cpp needs a bpe or gpt2 tok", CharTokenizer.train("ab"), {}, "to_gguf"),
+    ("llama.cpp needs a bpe or gpt2 tok", None, {}, "to_gguf"),
+    ("with an end of text", NO_END, {}, "to_gguf"),
+    ("take --type f16", BPETokenizer(SYMBOLS), {"n_embd": 24}, "to_gguf --type q8_0"),
+    ("--gelu: for from_nanogpt only", BPETokenizer(SYMBOLS), {}, "to_gguf --gelu tanh"),
+    ("position rope: ", BPETokenizer(SYMBOLS), {"position": "rope"}, "to_gguf"),
+    ("position alibi: ", BPETokenizer(SYMBOLS), {"position": "alibi"}, "to_hf"),
 ]
 
 
 @pytest.mark.parametrize("said, tokenizer, settings, words", REFUSED)
 def test_bad_input_for_an_export_is_one_line(tmp_path, capsys, said, tokenizer, settings, words):
-    path = ours(tmp_path / "ours.pt", tokenizer, **settings)
+    path, (command, *flags) = ours(tmp_path / "ours.pt", tokenizer, **settings), words.split()
     capsys.readouterr()
-    command, *flags = words
     assert cli(command, path, tmp_path / "out", *flags) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and said in line and os.listdir(tmp_path) == ["ours.pt"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import in_processes, server
+from conftest import in_processes, prepare, server
 
 import checkpoint
 import evaluate
@@ -19,7 +19,6 @@ from config import GPT2Config
 from data import TokenDataset
 from logger import run
 from model import GPT2
-from prepare_data import prepare_file
 from tokenizer import BPETokenizer, CharTokenizer
 
 TEXT = "to be, or not to be: that is the question. £\n" * 24
@@ -36,43 +35,31 @@ def plain_tokens(model, ids, first=1):
     return found
 
 
-# ---------------------------------------------------------------- a data set
-
-
-def make_dataset(folder, text):
-    """The val of a data set of characters, and its bytes."""
-    path = folder.with_suffix(".txt")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, "utf-8", newline="")
-    prepare_file(path, "char", folder)
-    val = np.array(TokenDataset(folder).val)
-    return val, len(text[-len(val) :].encode())
-
-
 @pytest.fixture
 def trained(tmp_path, monkeypatch, capsys):
     """A folder with a data set and a checkpoint made for it; the model, val and its bytes."""
     monkeypatch.chdir(tmp_path)
-    val, val_bytes = make_dataset(tmp_path / "data" / "hamlet", TEXT)
+    (tmp_path / "data").mkdir()
+    val = np.array(TokenDataset(prepare(TEXT, tmp_path / "data" / "hamlet")).val)
     tokenizer = CharTokenizer.train(TEXT)
     torch.manual_seed(0)
     sizes = {"block_size": T, "n_layer": 2, "n_head": 2, "n_embd": 16}
     model = GPT2(GPT2Config(tokenizer.vocab_size, **sizes, data_dir="./data/hamlet"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5)
+    for parameter in model.parameters():
+        parameter.data *= 5
     state = checkpoint.new_state(model.config, model.state_dict(), tokenizer) | {"step": 3}
     checkpoint.save(tmp_path / "checkpoints" / checkpoint.BEST, state)
     capsys.readouterr()
-    return model.double().eval(), val, val_bytes
+    return model.double().eval(), val, len(TEXT[-len(val) :].encode())
 
 
 def cli(*flags):
     return run(evaluate.main, ["--device", "cpu", "--dtype", "float64", *flags])
 
 
-def error(capsys):
-    """The one line that an exit code 2 stands for."""
+def refused(capsys, *flags):
+    """The one line that is said with exit code 2."""
+    assert cli(*flags) == 2
     out, err = capsys.readouterr()
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert out == ""
@@ -91,7 +78,7 @@ def test_loss_perplexity_and_bits_per_byte_of_a_split(trained, capsys, block_siz
     line, *rows = capsys.readouterr().out.splitlines()
     windows = range(0, len(val) - block_size, block_size)
     found = [plain_tokens(model, val[start : start + block_size + 1].tolist()) for start in windows]
-    loss = np.mean([nats for window in found for nats, _ in window])
+    loss = np.mean(found, axis=(0, 1))[0]
     bits = loss * len(val) / math.log(2) / val_bytes
     expected = {"tokens": len(val), "windows": len(windows), "block_size": block_size}
     expected |= {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits}
@@ -140,8 +127,6 @@ def test_what_json_cannot_say_is_null(capsys):
     assert parsed == {"task": "val", "perplexity": None, "loss": None}
 
 
-# ---------------------------------------------------------------- HellaSwag and LAMBADA
-
 WORDS = "the quick brown fox jumps over a lazy dog and then sleeps under an old tree".split()
 
 
@@ -153,11 +138,10 @@ def taught():
     sizes = {"block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 32}
     model = GPT2(GPT2Config(tokenizer.vocab_size, **sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    ids = torch.tensor(tokenizer.encode(" ".join(WORDS * 20)))
+    windows = torch.tensor(tokenizer.encode(" ".join(WORDS * 20))).unfold(0, 25, 1)
     for step in range(40):
-        batch = torch.stack([ids[start : start + 25] for start in range(step % 7, 200, 11)])
         optimizer.zero_grad()
-        model(batch[:, :-1], batch[:, 1:])[1].backward()
+        model(windows[step % 7 : 200 : 11, :-1], windows[step % 7 : 200 : 11, 1:])[1].backward()
         optimizer.step()
     return model.double().eval(), tokenizer
 
@@ -170,14 +154,13 @@ def some_words(rng, least, most):
 
 
 def plain_scores(model, tokenizer, context, endings):
-    """Nats and whether greedy of each token of each ending. The context loses its beginning where
-    the longest of the endings would not fit.
+    """(nats, greedy) of each token of each ending, (tokens, 2) each. The context loses its
+    beginning where the longest of the endings would not fit.
     """
     endings = [tokenizer.encode(f" {ending}") for ending in endings]
-    context = tokenizer.encode(context)
-    while len(context) + max(map(len, endings)) > model.config.block_size + 1:
-        context.pop(0)
-    return [plain_tokens(model, context + ids, len(context)) for ids in endings]
+    room = model.config.block_size + 1 - max(map(len, endings))
+    context = tokenizer.encode(context)[-room:]
+    return [np.array(plain_tokens(model, context + ids, len(context))) for ids in endings]
 
 
 def results(task, taught, path, lines):
@@ -192,12 +175,11 @@ def test_hellaswag_is_a_plain_loop_to_the_example(taught, tmp_path):
     for _ in range(50):
         context, endings = some_words(rng, 1, 12), [some_words(rng, 1, 6) for _ in range(4)]
         lines.append({"ctx": context, "endings": endings, "label": rng.randrange(4), "ind": 0})
-    lines += [{"ctx": line["ctx"], "endings": ["brown fox"] * 4, "label": 0} for line in lines[:9]]
-    by_sum, by_mean, labels = [], [], [line["label"] for line in lines]
-    for line in lines:
-        scores = plain_scores(*taught, line["ctx"], line["endings"])
-        by_sum.append(np.argmin([sum(nats for nats, _ in ending) for ending in scores]))
-        by_mean.append(np.argmin([np.mean([nats for nats, _ in ending]) for ending in scores]))
+    lines += [line | {"endings": ["brown fox"] * 4, "label": 0} for line in lines[:9]]
+    scores = [plain_scores(*taught, line["ctx"], line["endings"]) for line in lines]
+    by_sum = [np.argmin([ending[:, 0].sum() for ending in four]) for four in scores]
+    by_mean = [np.argmin([ending[:, 0].mean() for ending in four]) for four in scores]
+    labels = [line["label"] for line in lines]
     assert by_sum != by_mean
     for result in results("hellaswag", taught, tmp_path / "h.jsonl", lines):
         assert result["acc"] == np.mean(np.equal(by_sum, labels))
@@ -205,86 +187,79 @@ def test_hellaswag_is_a_plain_loop_to_the_example(taught, tmp_path):
 
 
 def test_lambada_is_a_plain_loop_to_the_example(taught, tmp_path):
-    nats, right, rng = 0, 0, random.Random(2)
+    rng = random.Random(2)
     texts = [some_words(rng, 2, 16) for _ in range(50)]
-    for text in texts:
-        context, word = text.rsplit(" ", 1)
-        (scores,) = plain_scores(*taught, context, [word])
-        nats += sum(nats for nats, _ in scores)
-        right += all(greedy for _, greedy in scores)
-    assert 5 < right < 45
-    lines = [{"text": text} for text in texts]
-    for result in results("lambada", taught, tmp_path / "l.jsonl", lines):
-        assert result["acc"] == right / 50
-        assert math.isclose(result["perplexity"], math.exp(nats / 50), rel_tol=1e-10)
+    pairs = [text.rsplit(" ", 1) for text in texts]
+    scores = [plain_scores(*taught, context, [word])[0] for context, word in pairs]
+    acc = np.mean([word[:, 1].all() for word in scores])
+    assert 0.1 < acc < 0.9
+    expected = math.exp(np.mean([word[:, 0].sum() for word in scores]))
+    for result in results("lambada", taught, tmp_path / "l.jsonl", [{"text": t} for t in texts]):
+        assert result["acc"] == acc
+        assert math.isclose(result["perplexity"], expected, rel_tol=1e-10)
 
 
 def test_contexts_that_are_too_long_are_cropped_and_counted(taught, capsys):
     examples = [(" ".join(WORDS * 3), ["fox", "brown fox jumps"]), ("the quick", ["fox", "dog"])]
-    nats, tokens, _ = evaluate.score_endings(*taught, examples, 8)
+    nats, _, tokens = evaluate.score_endings(*taught, examples, 8)
     said = "warning: 1 of 2 contexts cropped to fit block_size 24"
     assert capsys.readouterr().err.strip() == said
     plain = [plain_scores(*taught, *example) for example in examples]
-    assert (tokens == [[len(ending) for ending in endings] for endings in plain]).all()
-    expected = [[sum(nats for nats, _ in ending) for ending in endings] for endings in plain]
+    assert tokens.tolist() == [[len(ending) for ending in endings] for endings in plain]
+    expected = [[ending[:, 0].sum() for ending in endings] for endings in plain]
     np.testing.assert_allclose(nats, expected, rtol=1e-10)
     with pytest.raises(ValueError, match="tokens are more than block_size 24"):
         evaluate.score_endings(*taught, [("the", ["fox", " ".join(WORDS * 3)])], 8)
 
 
-# ---------------------------------------------------------------- what is refused
-
 EXAMPLE = {"ctx": "to", "endings": ["be", "not", "or not", "that is"], "label": 1}
 GOOD = json.dumps(EXAMPLE) + "\n"
 
 
-@pytest.mark.parametrize(
-    "flags, content, words",
-    [
-        ("--data_dir nowhere", None, "nowhere"),
-        ("--task lambada hellaswag --file x", None, "--file: name the one task"),
-        ("--task lambada --file none.jsonl", None, "--file none.jsonl: no such file"),
-        ("--task perplexity", None, "name a text with --file"),
-        ("--block_size 16", None, "16 tokens are more than block_size 8"),
-        ("--task perplexity --file x", b" \n", "x: no text"),
-        ("--task perplexity --file x", b"to be \xff", "x: not UTF-8 (byte 6)"),
-        ("--task perplexity --file x", b"to be \xc3\xa9", "U+00E9 '\u00e9' at position 6"),
-        ("--task perplexity --file x --stride 9", b"to be", "at most --block_size 8"),
-        ("--task lambada --file x --block_size 4", b"", "only"),
-        ("--task hellaswag --file x", b"\n", "no examples"),
-        ("--task hellaswag --file x", f"{GOOD}\n[", "line 3: Invalid JSON"),
-        ("--task hellaswag --file x", GOOD.replace('"not"', "2"), "line 1: endings.1: "),
-        ("--task hellaswag --file x", GOOD.replace("1}", "4}"), "line 1: label: must be 0"),
-        ("--task lambada --file x", b'{"text": "a b"}\n{"text": " be "}', "line 2: text: must"),
-    ],
-)
+BAD = [
+    ("--data_dir nowhere", "", "nowhere"),
+    ("--task lambada hellaswag --file x", "", "--file: name the one task"),
+    ("--task lambada --file none.jsonl", "", "none.jsonl: "),
+    ("--task perplexity", "", "name a text with --file"),
+    ("--block_size 16", "", "16 tokens are more than block_size 8"),
+    ("--task perplexity --file x", " \n", "x: no text"),
+    ("--task perplexity --file x", "to be \xff", "x: not UTF-8 (byte 6)"),
+    ("--task perplexity --file x", "to be \xc3\xa9", "U+00E9 '\u00e9' at position 6"),
+    ("--task perplexity --file x --stride 9", "to be", "at most --block_size 8"),
+    ("--task lambada --file x --block_size 4", "", "--block_size: not for"),
+    ("--task hellaswag --file x", "\n", "no examples"),
+    ("--task hellaswag --file x", f"{GOOD}\n[", "line 3: Invalid JSON"),
+    ("--task hellaswag --file x", GOOD.replace('"not"', "2"), "line 1: endings.1: "),
+    ("--task hellaswag --file x", GOOD.replace("1}", "4}"), "line 1: label: must be 0"),
+    ("--task lambada --file x", '{"text": "a b"}\n{"text": " be "}', "line 2: text: must"),
+]
+
+
+@pytest.mark.parametrize("flags, content, words", BAD)
 def test_bad_input_is_one_line(trained, tmp_path, capsys, flags, content, words):
-    (tmp_path / "x").write_bytes(content.encode() if isinstance(content, str) else content or b"")
-    assert cli(*flags.split()) == 2 and words in error(capsys)
+    (tmp_path / "x").write_text(content, "latin-1")
+    assert words in refused(capsys, *flags.split())
 
 
 def test_a_data_set_that_does_not_fit_is_refused(trained, tmp_path, capsys):
     path = tmp_path / "checkpoints" / checkpoint.BEST
     state = checkpoint.load(path)
     checkpoint.save(path, state | {"config": state["config"] | {"data_dir": "../outside"}})
-    make_dataset(tmp_path.parent / "outside", TEXT)
-    make_dataset(tmp_path / "other", "abcdefg\n" * 40)
-    make_dataset(tmp_path / "short", TEXT[: T * 10])
+    prepare(TEXT, tmp_path.parent / "outside")
+    prepare("abcdefg\n" * 40, tmp_path / "other")
+    prepare(TEXT[: T * 10], tmp_path / "short")
     ids = np.fromfile("data/hamlet/val.bin", "<u2")
     ids[7] = 333
     ids.tofile("data/hamlet/val.bin")
     capsys.readouterr()
-    for flags, words in {
-        (): "names ../outside, outside this folder",
-        ("--data_dir", "other"): "its tokenizer is not the model's",
-        ("--data_dir", "data/hamlet"): "val of data/hamlet: unknown token id 333 at position 7",
-        ("--data_dir", "short"): f"val has {T} tokens, needs {T + 1}",
+    assert "names ../outside, outside this folder" in refused(capsys)
+    for folder, words in {
+        "other": "its tokenizer is not the model's",
+        "data/hamlet": "val of data/hamlet: unknown token id 333 at position 7",
+        "short": f"val has {T} tokens, needs {T + 1}",
     }.items():
-        assert cli(*flags) == 2 and words in error(capsys)
+        assert words in refused(capsys, "--data_dir", folder)
     assert cli("--data_dir", "../outside") == 0
-
-
-# ---------------------------------------------------------------- several processes, the download
 
 
 def test_two_processes_get_what_one_gets(trained, tmp_path, capsys):
@@ -303,9 +278,8 @@ def test_two_processes_get_what_one_gets(trained, tmp_path, capsys):
     assert (tmp_path / "out1").read_text() == ""
 
 
-def test_examples_are_downloaded_whole_and_once(
-    trained, tmp_path, monkeypatch, only_this_machine, capsys
-):
+@pytest.mark.usefixtures("trained", "only_this_machine")
+def test_examples_are_downloaded_whole_and_once(tmp_path, monkeypatch, capsys):
     content, folder = (GOOD * 40).encode(), tmp_path / "data" / "hellaswag"
     for sent in (content[: len(content) // 2], content):
         with server("data/hellaswag_val.jsonl", sent, length=len(content)) as (address, asked):

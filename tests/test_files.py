@@ -74,21 +74,6 @@ def test_a_killed_write_leaves_the_old_file_and_the_next_one_tidies_up(tmp_path)
     assert path.read_text() == "new" and names(tmp_path) == ["file"]
 
 
-def test_a_folder_is_whole_or_absent(tmp_path):
-    target = tmp_path / "model"
-    with pytest.raises(ValueError, match="mine"), atomic_write(target, "folder") as aside:
-        (aside / "config.json").write_text("{}")
-        raise ValueError("mine")
-    assert names(tmp_path) == []
-    target.mkdir()
-    with atomic_write(target, "folder") as aside:
-        (aside / "config.json").write_text("{}")
-    with pytest.raises(WriteError, match="model: Directory not empty"):
-        with atomic_write(target, "folder") as aside:
-            (aside / "other").touch()
-    assert names(target) == ["config.json"] and names(tmp_path) == ["model"]
-
-
 @pytest.mark.parametrize(
     "content, why",
     [
@@ -99,7 +84,7 @@ def test_a_folder_is_whole_or_absent(tmp_path):
         (b"[" * 100_000, "Invalid JSON: recursion limit"),
         (b'{"a": ' + b"9" * 5000, "Invalid JSON: number out of range"),
         (b'{"a": "\\ud800"}', "Invalid JSON"),
-        (b"\xff\xfe{\x00}\x00", "Invalid JSON"),
+        (b"\xff\xfe{\x00}\x00", r"not UTF-8 \(byte 0\)"),
     ],
     ids=lambda content: str(content)[:12],
 )
@@ -121,13 +106,10 @@ def test_only_regular_files_of_a_sensible_size_are_read(tmp_path):
             read_json(tmp_path / name)
 
 
-def test_text_is_utf8_or_named(tmp_path):
+def test_a_byte_order_mark_is_left_out(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_bytes(b'\xef\xbb\xbf{"a":\r\n1}')
     assert read_text(path) == '{"a":\r\n1}' and read_json(path) == {"a": 1}
-    path.write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"prompt\.txt: not UTF-8 \(byte 3\)"):
-        read_text(path)
 
 
 def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
@@ -135,21 +117,15 @@ def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
         with pytest.raises(ValueError, match=rf"is in use by process {os.getppid()} \("):
             lock(tmp_path).__enter__()
 
-    with lock(tmp_path):
-        assert in_child(second) == 0
-    assert names(tmp_path) in ([], [".lock"])
-
-
-def test_a_lock_whose_holder_was_killed_does_not_block_and_leaves_nothing(tmp_path):
     def killed():
         with lock(tmp_path):
             (tmp_path / ".other.tmp").mkdir()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    assert in_child(killed) == -signal.SIGKILL
+    assert in_child(killed) == -signal.SIGKILL  # blocks nobody, and leaves nothing
     with lock(tmp_path):
-        assert ".other.tmp" not in names(tmp_path)
-    assert ".lock_holder" not in names(tmp_path)
+        assert in_child(second) == 0 and ".other.tmp" not in names(tmp_path)
+    assert names(tmp_path) in ([], [".lock"])
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

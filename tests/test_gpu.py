@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from unittest.mock import Mock
 
 import bench_plan
@@ -25,11 +26,10 @@ from state import FoundInf, build_state
 from train import train
 from utils import autocast
 
-DEVICE = "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="-m gpu on a CUDA device runs it"),
-]
+DEVICE, NO_DEVICE = "cuda", "-m gpu on a CUDA device runs it"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_DEVICE)]
+CHANGES = [{}, {"position": "rope"}, {"activation_checkpointing": True}]
+MIXED = [("adamw", "bfloat16"), ("muon", "float16")]
 
 
 @pytest.fixture
@@ -59,7 +59,9 @@ def assert_close(ours, theirs, tolerance):
         assert (one - other).norm() <= tolerance * other.norm()
 
 
-# ---------------------------------------------------------------- the numbers of a CPU
+def assert_weights_agree(one, other):
+    ours, theirs = saved(one)["model"], saved(other)["model"]
+    assert all((ours[name] - theirs[name]).abs().max() <= 1e-9 for name in theirs)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -68,8 +70,7 @@ def test_five_steps_in_float64_are_those_of_a_cpu(config, tmp_path, optimizer):
     other = replace(elsewhere(config, tmp_path / "cpu"), device="cpu")
     train(config)
     train(other)
-    ours, theirs = saved(config)["model"], saved(other)["model"]
-    assert all((ours[name] - theirs[name]).abs().max() <= 1e-9 for name in theirs)
+    assert_weights_agree(config, other)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 5e-2)])
@@ -102,20 +103,17 @@ sys.exit(run(main))
 
 
 def test_two_processes_on_one_device_give_the_weights_of_one(config, tmp_path):
-    """Over gloo: NCCL wants a device for each."""
+    """Over gloo, as NCCL wants a device for each."""
     config = replace(config, dtype="float64", device=f"{DEVICE}:0", max_iters=5)
     one = elsewhere(config, tmp_path / "one")
     train(one)
     (tmp_path / "two.py").write_text(TWO.format(root=str(ROOT)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     subprocess.run([*torchrun, str(tmp_path / "two.py"), *flags(config)], check=True)
-    ours, theirs = saved(config)["model"], saved(one)["model"]
-    assert all((ours[name] - theirs[name]).abs().max() <= 1e-9 for name in theirs)
+    assert_weights_agree(config, one)
 
 
-@pytest.mark.parametrize(
-    "change", [{}, {"position": "rope"}, {"position": "alibi"}, {"activation_checkpointing": True}]
-)
+@pytest.mark.parametrize("change", [*CHANGES, {"position": "alibi"}])
 def test_the_compiled_model_is_one_graph_and_gives_what_the_plain_one_gives(change):
     torch.backends.cuda.matmul.allow_tf32 = False  # as a run before may have left it
     model = GPT2(sized(**change)).to(DEVICE)
@@ -129,14 +127,11 @@ def test_the_compiled_model_is_one_graph_and_gives_what_the_plain_one_gives(chan
     assert counters["aot_autograd"]["ok"] == counters["aot_autograd"]["total"] == 1
 
 
-# ---------------------------------------------------------------- steps
-
-
-@pytest.mark.parametrize("optimizer, dtype", [("adamw", "bfloat16"), ("muon", "float16")])
+@pytest.mark.parametrize("optimizer, dtype", MIXED)
 def test_a_step_does_not_wait_for_the_device(config, monkeypatch, optimizer, dtype):
     config = replace(config, optimizer=optimizer, dtype=dtype, max_iters=6, log_interval=100)
     for step, mode in ((2, "error"), (5, "default")):
-        switch = lambda mode=mode: torch.cuda.set_sync_debug_mode(mode)  # noqa: E731
+        switch = partial(torch.cuda.set_sync_debug_mode, mode)
         during(step, switch, micro_step=0, patch=monkeypatch.setattr)
     try:
         train(config)
@@ -144,7 +139,7 @@ def test_a_step_does_not_wait_for_the_device(config, monkeypatch, optimizer, dty
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("optimizer, dtype", [("adamw", "bfloat16"), ("muon", "float16")])
+@pytest.mark.parametrize("optimizer, dtype", MIXED)
 def test_a_poisoned_step_changes_neither_weights_nor_state(config, tmp_path, dtype, optimizer):
     config = replace(config, dtype=dtype, optimizer=optimizer, lr_decay_iters=20, warmup_iters=0)
     two = replace(elsewhere(config, tmp_path / "two"), max_iters=2)
@@ -161,9 +156,7 @@ def test_a_poisoned_step_changes_neither_weights_nor_state(config, tmp_path, dty
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("how", ["adamw bfloat16", "muon bfloat16", "adamw float16"])
-def test_a_run_that_breaks_off_ends_as_one_that_does_not(
-    config, tmp_path, compiled, recompute, how
-):
+def test_a_run_that_breaks_off_ends_as_others(config, tmp_path, compiled, recompute, how):
     optimizer, dtype = how.split()
     config = replace(config, dropout=0.1, activation_checkpointing=recompute, compile=compiled)
     config = replace(config, optimizer=optimizer, dtype=dtype)
@@ -179,7 +172,6 @@ def test_a_run_that_breaks_off_ends_as_one_that_does_not(
 
 @pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
 def test_graphed_decoding_gives_the_tokens_of_plain_decoding(position, monkeypatch):
-    """Of rows of unequal length, past block_size."""
     model = GPT2(sized(position=position, block_size=16, vocab_size=500)).double().to(DEVICE).eval()
     assert use_graph(torch.device(DEVICE)) or DEVICE == "cpu"
     batches = [[[7] * n for n in lengths] for lengths in ([3, 9, 5], [12], [7, 7])]
@@ -188,11 +180,9 @@ def test_graphed_decoding_gives_the_tokens_of_plain_decoding(position, monkeypat
     assert [list(generate_ids(model, rows, Sampling(30))) for rows in batches] == graphed
 
 
-CHANGES = [{}, {"dtype": "float32"}, {"dropout": 0.1}, {"position": "rope"}]
-CHANGES += [{"activation_checkpointing": True}, {"optimizer": "muon"}]
-
-
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", [*CHANGES, {"dtype": "float32"}, {"dropout": 0.1}, {"optimizer": "muon"}]
+)
 def test_a_step_takes_the_memory_of_the_plan(change):
     config = GPT2Config(batch_size=8, gradient_accumulation_steps=1, dtype="bfloat16")
     config = replace(config, device=DEVICE, compile=False, **change)
@@ -218,12 +208,12 @@ def test_out_of_memory_is_one_line(config, capfd):
 
 def test_command_lines_cause_no_warnings(config):
     checkpoint = f"--checkpoint={config.checkpoint_dir}/final_checkpoint.pt"
+    errors = ["-Werror::UserWarning", "-Werror::RuntimeWarning"]  # torch has others of its own
     for script, *words in (
         ["train.py", *flags(replace(config, compile=True))],
         ["generate.py", checkpoint, "--prompt=line", "--device", DEVICE],
         ["evaluate.py", checkpoint, "--device", DEVICE, "--data_dir", config.data_dir],
     ):
-        errors = ["-Werror::UserWarning", "-Werror::RuntimeWarning"]  # torch has others of its own
         command = [sys.executable, *errors, str(ROOT / script), *words]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import in_child
-from hostile import FILES
+from hostile import CASES
 from test_checkpoint import make_state
 from test_data import write
 from test_train import errors, logged, main, saved
@@ -49,10 +49,10 @@ def within_limits(function, *arguments):
 # ---------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("whose", ["ours", "nanoGPT's"])
 def test_hostile_checkpoints_are_one_line_within_limits(tmp_path, kind, whose):
-    make, says = FILES[kind]
+    says, make = CASES[kind]
     path = tmp_path / "ckpt.pt"
     make(path)
 
@@ -376,12 +376,6 @@ def test_a_vocabulary_size_that_is_not_the_data_set_s_is_refused(config, capfd):
     assert main(config, "--vocab_size", "50304") == 2
     (line,) = errors(capfd)
     assert "--vocab_size 50304: " in line and "has 40; leave it out" in line
-
-
-def test_eval_only_does_not_wait_for_a_run_that_goes_on(config):
-    train(config)
-    with files.lock(config.checkpoint_dir):
-        assert in_child(main, config, "--eval_only") == 0
 
 
 def test_fresh_says_how_much_is_set_aside_and_how_to_delete_it(config, capfd):

@@ -28,7 +28,6 @@ import prepare_data
 import sources
 from data import TokenDataset
 from prepare_data import prepare_file
-from sources import END
 from tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer
 
 STORY = "It was a dark night; the rain fell in torrents.\nThey'd say it's \"late\".\n\n" * 40
@@ -138,30 +137,26 @@ def test_every_line_end_is_a_newline_and_bytes_count_those_on_disk(
 
 def cut(text, tokenizer):
     stream = (("val", chunk) for chunk in sources.in_chunks(text))
-    return [text for piece in sources.pieces(stream, tokenizer.safe_cut) for _, text in piece]
+    found = sources.pieces(stream, tokenizer.safe_cut)
+    return [part for _, documents in found for part in documents if part]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "gpt2"])
-def test_pieces_give_the_tokens_of_the_whole_text(kind, monkeypatch, gpt2_vocabulary):
-    text = nasty_text(99, 5000)
-    tokenizer = GPT2Tokenizer() if kind == "gpt2" else BPETokenizer.train(text, 500)
-    monkeypatch.setattr(sources, "LONGEST", 10_000)
+def test_pieces_are_bounded_and_give_the_tokens_of_the_whole_text(
+    kind, monkeypatch, gpt2_vocabulary
+):
+    tokenizer = GPT2Tokenizer() if kind == "gpt2" else BPETokenizer.train(nasty_text(99, 5000), 500)
     for seed in range(200):
         monkeypatch.setattr(sources, "CHUNK", random.Random(seed).randrange(1, 200))
         text = nasty_text(seed, 600)
         parts = cut(text, tokenizer)
-        ids = [tokenizer.encode(part) for part in parts if part is not END]
-        assert [i for part in ids for i in part] == tokenizer.encode(text)
-        assert len(parts) > 3 and parts.count(END) == 1
-
-
-def test_pieces_are_bounded_for_words_without_end_and_empty_documents(monkeypatch):
+        assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text)
+        assert len(parts) > 2
     monkeypatch.setattr(sources, "CHUNK", 10)
     monkeypatch.setattr(sources, "LONGEST", 30)
-    bpe = BPETokenizer.train("x", 257)
-    assert [len(part) for part in cut("x" * 100, bpe) if part] == [30, 30, 30, 10]
-    pieces = sources.pieces([("train", END)] * 25, bpe.safe_cut)
-    assert [len(piece) for piece in pieces] == [10, 10, 5]
+    assert [len(part) for part in cut("x" * 100, tokenizer)] == [30, 30, 30, 10]
+    pieces = sources.pieces([("train", sources.END)] * 25, tokenizer.safe_cut)
+    assert [len(documents) - 1 for _, documents in pieces] == [10, 10, 5, 0]
 
 
 def test_folder_gz_md_and_jsonl_are_read_in_order(tmp_path):
@@ -198,11 +193,6 @@ def test_what_cannot_be_read_below_a_folder_is_an_error_that_names_it(tmp_path, 
     assert f"{link.parent}: Permission denied" in capfd.readouterr().err
 
 
-def documents(seed, n):
-    rng = random.Random(seed)
-    return [nasty_text(rng.random(), rng.randrange(1, 60)) for _ in range(n)]
-
-
 def parquet(texts, rows=20, compression="snappy", **columns):
     """A parquet file of texts, in bytes, with small row groups."""
     pyarrow = pytest.importorskip("pyarrow")
@@ -226,16 +216,15 @@ BAD_TEXT = [  # name, content, flags, what the one line says
     ("a.txt", b"\xef\xbb\xbfcaf\xe9", [], "a.txt: byte 0xE9 at offset 6"),
     ("a.txt", b"x" * 400_000 + b"\xff", [], "a.txt: byte 0xFF at offset 400000 is not UTF-8"),
     ("a.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-9], [], "a.txt.gz: not a whole gzip file"),
-    ("a.txt.gz", b"", [], "a.txt.gz: not a whole gzip file (it is empty)"),
     ("a.txt", bytes(range(128, 256)) * 9, [], "at offset 0 is not UTF-8; convert it to UTF-8"),
     ("a.txt", " \n\t\u3000".encode(), [], "no text, 4 characters"),
     ("a.txt", b"x", [], "no text for train: --val_fraction 0.1"),
     ("a.txt", b"x", ["--encoding", "base64"], "--encoding base64: 'base64' is not a text"),
+    ("a.txt", b"x", ["--encoding", "undefined"], "--encoding undefined: "),
     ("a.txt", STORY + "中", ["--tokenizer", "b.json"], "a.txt, position 2920: U+4E2D '中'"),
     ("a.png", b"x", [], "a.png: neither a file nor a folder of .txt"),
     ("a.parquet", lambda: whole()[:-100], [], "a.parquet: not a whole parquet file"),
     ("a.parquet", lambda: parquet([1, 2]), [], "it has {'url': 'string', 'text': 'int64'}"),
-    ("a.parquet", lambda: parquet(["", None]), [], "no text for train"),
     ("a.parquet", lambda: parquet(["z" * 70_000_000], compression="zstd"), [], "rows of 70,000,"),
     ("a.parquet", whole, ["--val_fraction", "1e-9"], "no text for val: --val_fraction 1e-09"),
     ("a.parquet", whole, ["--input", "a.parquet", "b.txt"], "text and parquet in one data set"),
@@ -258,7 +247,7 @@ def test_bad_input_is_exit_2_and_the_earlier_data_set_stays(
     assert prepare(*settings, name, "--overwrite", *flags) == 2
     (error,) = errors(capsys)
     assert message in error and hashes(Path("d")) == before and strays(tmp_path) == []
-    if "column" in message:  # noticed before any work is done, so nothing is left behind
+    if "it has" in message:  # noticed before any work is done, so nothing is left behind
         assert prepare("--data_dir", "new", "--input", name) == 2 and not Path("new").exists()
 
 
@@ -267,18 +256,11 @@ FRENCH = "Je suis allé au café, mais il y avait trop de monde, ce qui me rend 
 
 
 @pytest.mark.parametrize(
-    ("text", "encoding", "likely"),
-    [
-        (CHINESE, "gb18030", "gb18030"),
-        (TAIWAN, "big5", "big5"),
-        (FRENCH, "utf_16_le", "utf_16_le"),
-        (FRENCH, "latin_1", "cp1252"),
-    ],
+    ("text", "likely"),
+    [(CHINESE, "gb18030"), (TAIWAN, "big5"), (FRENCH, "utf_16_le"), (FRENCH, "cp1252")],
 )
-def test_an_encoding_is_named_with_the_command_that_reads_it(
-    text, encoding, likely, tmp_path, capsys
-):
-    path = write(tmp_path / "my text.txt", (text * 5).encode(encoding))
+def test_an_encoding_is_named_with_the_command_that_reads_it(text, likely, tmp_path, capsys):
+    path = write(tmp_path / "my text.txt", (text * 5).encode(likely))
     flags = ("--input", path, *CHAR, "--data_dir", tmp_path / "d")
     assert prepare(*flags) == 2
     assert f"--input '{path}' --encoding {likely}`" in errors(capsys)[0]
@@ -327,13 +309,6 @@ def test_a_small_gz_of_endless_text_takes_no_memory(form, message, tmp_path):
     flags = ("--input", path, *CHAR, "--data_dir", tmp_path / "d", "--workers", "1")
     code, megabytes, err = measured(*flags)
     assert code == 2 and message in err and megabytes < 300, (megabytes, err[-2000:])
-
-
-def test_a_text_that_is_written_to_while_it_is_read_is_refused(tmp_path, monkeypatch, capsys):
-    text, save = write(tmp_path / "a.txt", STORY), CharTokenizer.save
-    monkeypatch.setattr(CharTokenizer, "save", lambda *a: write(text, STORY * 2) and save(*a))
-    assert prepare("--input", text, *CHAR, "--data_dir", tmp_path / "d") == 2
-    assert "do not write to it" in errors(capsys)[0]
 
 
 def test_another_text_setting_or_second_process_is_refused_and_overwrite_replaces(tmp_path, capsys):
@@ -452,11 +427,10 @@ PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
-        ({}, None),
+        ({"body": PLAY}, None),
         ({"body": PLAY[:1000], "length": len(PLAY)}, "IncompleteRead(1000 bytes read"),
         ({"body": b"<html>please log in</html>"}, "wrong sha256"),
         ({"status": 404, "body": b"no"}, "404"),
-        (None, "refused"),
     ],
 )
 def test_a_download_is_whole_and_made_once_or_says_why_and_the_bundled_text_is_used(
@@ -464,14 +438,11 @@ def test_a_download_is_whole_and_made_once_or_says_why_and_the_bundled_text_is_u
 ):
     monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
     monkeypatch.chdir(tmp_path)
-    with server("input.txt", **{"body": PLAY, **(answer or {})}) as (address, asked):
-        address = "http://127.0.0.1:9/refused" if answer is None else address
+    with server("input.txt", **answer) as (address, asked):
         monkeypatch.setattr(sources, "SHAKESPEARE", address)
-        assert prepare() == 0
-        err = capsys.readouterr().err
-        assert len(asked) == (0 if answer is None else 1 if problem is None else 3)
-        assert prepare(*([] if problem else ["--overwrite"])) == 0
-    folder = Path("data/shakespeare")
+        assert prepare() == 0 and len(asked) == 1
+    err, folder = capsys.readouterr().err, Path("data/shakespeare")
+    assert prepare("--overwrite") == 0  # nobody answers now
     (source,) = read_meta(folder)["sources"]
     used = sources.BUNDLED.read_bytes() if problem else PLAY
     assert source["sha256"] == hashlib.sha256(used).hexdigest() and strays(folder) == []
@@ -481,51 +452,41 @@ def test_a_download_is_whole_and_made_once_or_says_why_and_the_bundled_text_is_u
         assert problem in line and "sonnets.txt" in line and "--overwrite" in line
 
 
-REVISION = "5a1b" * 10
+REPOSITORY, REVISION = "HuggingFaceFW/fineweb", "5a1b" * 10
+RESOLVE = f"/resolve/{REVISION}/sample/10BT/"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The hub's answers for one repository. `cut` breaks the connection after so many bytes of a
-    file, once; `lost` is a file that cannot be had.
+    """The hub's answers for one repository. `cut` breaks the connection after so many bytes of an
+    answer, once.
     """
 
-    repository, files, cut, asked, lost = "HuggingFaceFW/fineweb", {}, {}, [], ""
+    answers, cut, asked = {}, {}, []
 
     def do_GET(self):
         self.asked.append(f"{self.command} {self.path}")
-        path = urllib.parse.unquote(self.path.split("?")[0]).partition(self.repository)[2]
-        name, folder = path.removeprefix(f"/resolve/{REVISION}/"), f"/tree/{REVISION}/sample/10BT"
-        if path == "":
-            self.answer(json.dumps({"id": self.repository, "sha": REVISION}).encode())
-        elif path == folder:
-            within = [self.described(name) for name in self.files if name.startswith("sample/10BT")]
-            self.answer(json.dumps(within).encode())
-        elif name not in self.files or name == self.lost:
-            self.answer(b"", 404)
-        else:
-            raw, wanted = self.files[name], self.headers["Range"]  # bytes=123-
-            first = int(wanted[6:-1]) if wanted else 0
-            headers = {"ETag": f'"{hashlib.sha256(raw).hexdigest()}"', "X-Repo-Commit": REVISION}
-            headers["Content-Range"] = f"bytes {first}-{len(raw) - 1}/{len(raw)}"
-            self.answer(raw[first:], 206 if wanted else 200, headers, name)
+        path = urllib.parse.unquote(self.path.split("?")[0]).partition(REPOSITORY)[2]
+        if (raw := self.answers.get(path)) is None:
+            return self.send_error(404)
+        first = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", str(len(raw) - first))
+        self.send_header("Content-Range", f"bytes {first}-{len(raw) - 1}/{len(raw)}")
+        self.send_header("ETag", f'"{hashlib.sha256(raw).hexdigest()}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(raw[first:][: self.cut.pop(path, None)])
 
     do_HEAD = do_GET
 
-    def described(self, name):
-        raw = self.files[name]
-        lfs = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 9}
-        return {"type": "file", "path": name, "size": len(raw), "oid": "0", "lfs": lfs}
-
-    def answer(self, raw, status=200, headers=None, name=None):
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(raw)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(raw[: self.cut.pop(name, None)])
-
     def log_message(self, *args):
         pass
+
+
+def described(name, raw):
+    lfs = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 9}
+    return {"type": "file", "path": name, "size": len(raw), "oid": "0", "lfs": lfs}
 
 
 @pytest.fixture
@@ -538,12 +499,15 @@ def serve(monkeypatch, tmp_path, only_this_machine):
         httpd.handle_error = lambda *a: None  # a client that was killed
         address = f"http://127.0.0.1:{httpd.server_port}"
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setenv("HF_ENDPOINT", address)
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
-        def start(files, **settings):
-            settings |= {"files": files, "asked": []}
+        def start(files, cut=None):
+            about = json.dumps({"id": REPOSITORY, "sha": REVISION}).encode()
+            tree = [described(f"sample/10BT/{name}", raw) for name, raw in files.items()]
+            answers = {RESOLVE + name: raw for name, raw in files.items()}
+            answers |= {"": about, f"/tree/{REVISION}/sample/10BT": json.dumps(tree).encode()}
+            settings = {"answers": answers, "asked": [], "cut": cut or {}}
             httpd.RequestHandlerClass = type("Hub", (Hub,), settings)
             return httpd.RequestHandlerClass
 
@@ -552,11 +516,10 @@ def serve(monkeypatch, tmp_path, only_this_machine):
 
 
 def fineweb(n=60):
-    """Four files of fineweb's sample, the documents in them, and two files that are not of it."""
-    texts = [documents(seed, n) for seed in range(4)]
-    files = {f"sample/10BT/00{i}_00000.parquet": parquet(part) for i, part in enumerate(texts)}
-    files |= {"data/CC-MAIN-1/000.parquet": b"no", "sample/10BT/README.md": b"no"}
-    return files, [text for part in texts for text in part]
+    """Four files of fineweb's sample and one that is not of it, and the documents."""
+    texts = [[nasty_text(f"{i} {j}", j % 60 + 1) for j in range(n)] for i in range(4)]
+    files = {f"00{i}_00000.parquet": parquet(part) for i, part in enumerate(texts)}
+    return files | {"README.md": b"no"}, [text for part in texts for text in part]
 
 
 FINEWEB = ("--dataset", "fineweb", *BPE, "--val_fraction", 0.2)
@@ -566,21 +529,20 @@ FINEWEB = ("--dataset", "fineweb", *BPE, "--val_fraction", 0.2)
 def test_hub_documents_are_split_by_hash_also_when_cut_short_and_killed_half_way(
     serve, tmp_path, capsys
 ):
-    (files, texts), name = fineweb(150), "sample/10BT/001_00000.parquet"
+    (files, texts), name = fineweb(150), "001_00000.parquet"
     serve(files)
     assert prepare(*FINEWEB, "--data_dir", tmp_path / "whole") == 0
     dataset, expected = TokenDataset(tmp_path / "whole"), {"train": [], "val": []}
     for text in texts:
-        first = hashlib.blake2b(text.encode(), digest_size=8).digest()[0]
+        share = int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) / 2**64
         ids = [*dataset.tokenizer.encode(text), dataset.tokenizer.eot_id]
-        expected["val" if first < 0.2 * 256 else "train"] += ids
+        expected["val" if share < 0.2 else "train"] += ids
     assert {split: getattr(dataset, split).tolist() for split in expected} == expected
     n_bytes = sum(split["bytes"] for split in dataset.meta["splits"].values())
     assert n_bytes == sum(len(text.encode()) for text in texts) and dataset.vocab_size == 400
-    assert dataset.meta["sources"] == [
-        {"name": name, "bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
-        for name in (f"sample/10BT/00{i}_00000.parquet" for i in range(4))
-    ]
+    digest = hashlib.sha256(files[name]).hexdigest()
+    source = {"name": f"sample/10BT/{name}", "bytes": len(files[name]), "sha256": digest}
+    assert dataset.meta["sources"][1] == source and len(dataset.meta["sources"]) == 4
     append = prepare_data.append
 
     def append_and_die(folder, state, *piece):
@@ -593,7 +555,7 @@ def test_hub_documents_are_split_by_hash_also_when_cut_short_and_killed_half_way
         return prepare(*flags)
 
     for workers in (1, 2):
-        hub, data_dir = serve(files, cut={name: len(files[name]) // 2}), tmp_path / str(workers)
+        hub, data_dir = serve(files, {RESOLVE + name: 1000}), tmp_path / str(workers)
         flags = (*FINEWEB, "--data_dir", data_dir, "--workers", workers)
         assert in_child(killed, *flags) == -signal.SIGKILL and read_meta(data_dir) is None
         assert sum(asked.startswith("GET") and name in asked for asked in hub.asked) == 2
@@ -612,11 +574,6 @@ def test_bad_input_progress_of_another_form_is_refused_by_name(tmp_path, capsys)
     assert prepare(*flags) == 2
     (line,) = errors(capsys)
     assert "progress.json: " in line and prepare(*flags, *line.split()[-1:]) == 0  # --overwrite
-    state = read_meta(tmp_path / "d") | {"vocab_size": 9, "revision": None, "position": 0}
-    (tmp_path / "d" / "meta.json").unlink()
-    write(tmp_path / "d" / ".unfinished" / "progress.json", json.dumps(state))
-    (tmp_path / "d" / "tokenizer.json").rename(tmp_path / "d" / ".unfinished" / "tokenizer.json")
-    assert prepare(*flags) == 2 and "is not progress.json's" in errors(capsys)[-1]
 
 
 @pytest.mark.slow
@@ -646,7 +603,7 @@ def test_parquet_input_skips_nulls_and_replaces_bad_bytes(tmp_path, capsys):
     flags = ("--input", tmp_path / "in", "--tokenizer", "bpe", "--vocab_size", 257)
     flags = (*flags, "--val_fraction", 0.3, "--data_dir", tmp_path / "d")
     assert prepare(*flags) == 2 and read_meta(tmp_path / "d") is None
-    assert "bad.PARQUET, row 1: byte 0xE9 at offset 3 is not UTF-8" in errors(capsys)[0]
+    assert "bad.PARQUET, row 1: 'utf-8' codec can't decode" in errors(capsys)[0]
     assert prepare(*flags, "--errors", "replace", "--overwrite") == 0
     assert "1 U+FFFD" in capsys.readouterr().err
     expected = ["", "caf\ufffd", "one", "three", "two"]
@@ -657,15 +614,14 @@ def test_hub_problems_are_one_line_each_and_the_same_command_goes_on(
     serve, tmp_path, monkeypatch, capsys
 ):
     flags, files = (*FINEWEB, "--data_dir", tmp_path / "d"), fineweb()[0]
-    for hub, message in [
-        ({"files": {}}, "no .parquet file in sample/10BT"),
-        ({"files": files, "lost": "sample/10BT/002_00000.parquet"}, "the transfer failed"),
-    ]:
-        serve(**hub)
-        assert prepare(*flags) == 2
-        assert re.match(f"HuggingFaceFW/fineweb: .*{message}", errors(capsys)[0])
-    serve({"sample/10BT/test-0.parquet": b"no"} | files)
-    row = (Hub.repository, lambda _: "sample/10BT/00", "sample-10BT")
+    serve({})
+    assert prepare(*flags) == 2
+    assert errors(capsys)[0].startswith(f"{REPOSITORY}: no .parquet file in sample/10BT/, see")
+    del serve(files).answers[f"{RESOLVE}002_00000.parquet"]
+    assert prepare(*flags) == 2
+    assert errors(capsys)[0].startswith(f"{REPOSITORY}: the transfer failed, the same command")
+    serve({"test-0.parquet": b"no"} | files)
+    row = (REPOSITORY, lambda _: "sample/10BT/00", "sample-10BT")
     monkeypatch.setitem(sources.HUB_DATASETS, "fineweb", row)
     assert prepare(*flags) == 0
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
