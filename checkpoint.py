@@ -7,7 +7,7 @@ name, wherever they come from. A checkpoint is one file that torch.load can read
 
 import os
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 import files
 from archive import read_archive
-from config import DTYPES, GPT2Config, dtype_name, to_dict
+from config import DTYPES, GPT2Config, dtype_name
 from huggingface import EMBEDDING, HEAD, download_model, hub_name, read_hf
 from logger import command_for, log_row, quoted, warn
 from model import GPT2
@@ -97,16 +97,15 @@ def save(path, state: dict):
 
 
 def load(path, check=None) -> dict:
-    """Load a checkpoint: every byte is compared with its checksum, every value checked, for
-    another program's file by `check`. Raises CheckpointError only.
-    """
+    """A checkpoint, every byte's checksum compared, every value checked; CheckpointError only."""
     try:
         with files.open_file(path) as file:
             state = read_archive(file, os.fstat(file.fileno()).st_size)
         (check or check_state)(state)
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or "damaged"
-        line = reason.partition("\n")[0].removeprefix("--")[:200]
+        is_said = isinstance(error, (ValueError, RuntimeError, OSError))  # not by zipfile, KeyError
+        line = is_said and (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
+        line = (line or "cut short, damaged or no checkpoint").removeprefix("--")[:200]
         raise CheckpointError(f"{path}: not usable, {line}") from error
     return state
 
@@ -131,9 +130,7 @@ def check_state(state):
 def model_config(state: dict) -> GPT2Config:
     """A checkpoint's config, without fields that are unknown here; ValueError for bad values."""
     names = {field.name for field in fields(GPT2Config)} & state["config"].keys()
-    config = GPT2Config(**{name: state["config"][name] for name in names})
-    validate(config)
-    return config
+    return validate(GPT2Config(**{name: state["config"][name] for name in names}))
 
 
 class EmptyInit(TorchFunctionMode):
@@ -162,9 +159,8 @@ def build_model(state: dict) -> GPT2:
 
 
 def latest(folder, rename: bool = True) -> tuple[Path, dict] | None:
-    """Path and state of a folder's newest intact checkpoint, None if it has no checkpoints. Warns
-    of newer, damaged ones and, if asked, renames them to NAME.damaged. If none is intact, raises
-    CheckpointError naming all, and renames none.
+    """Path and state of a folder's newest intact checkpoint, None if it has none. Warns of newer,
+    damaged ones and, if asked, renames them; if none is intact, CheckpointError names them all.
     """
     damaged = {}
     for path in _newest_first(Path(folder)):
@@ -193,8 +189,7 @@ def set_aside(folder):
     """Move a run's checkpoints, if there are any, into a new dated subfolder."""
     folder = Path(folder)
     if paths := [*_newest_first(folder), *folder.glob("*.pt.damaged*")]:
-        dated = files.free_name(folder / time.strftime("%Y-%m-%d_%H-%M-%S"))
-        files.own_folder(dated)
+        dated = files.own_folder(files.free_name(folder / time.strftime("%Y-%m-%d_%H-%M-%S")))
         for path in paths:
             os.replace(path, dated / path.name)
         size = sum(path.stat().st_size for path in folder.glob(EARLIER)) / 1e9
@@ -215,23 +210,21 @@ class ModelOptions:
     dtype: Literal[*DTYPES, "int8"] | None = None  # precision; int8: on a CPU; unset: the best
 
 
-def load_model(spec=None, device=None, dtype=None, need_tokenizer=True):
+def load_model(spec=None, device=None, dtype=None):
     """A model in eval mode and its tokenizer; logs which.
 
     spec: a checkpoint's path, a Hugging Face folder, or a name on the hub (gpt2-xl, org/name);
     None: the best of ./checkpoints, else the latest. device, dtype: names or torch's own, or int8;
-    None: the best for this machine. need_tokenizer: False returns None for one that is missing.
-    Raises CheckpointError without a usable checkpoint, ValueError for the rest.
+    None: the best for this machine. CheckpointError without a usable one, ValueError for the rest.
     """
     device = pick_device(None if device is None else str(device))
     dtype = dtype_name(dtype) or pick_dtype(device)
-    wanted = GPT2Config(device=str(device), dtype="float32" if dtype == "int8" else dtype)
-    validate(wanted)
+    kept = validate(GPT2Config(device=str(device), dtype="float32" if dtype == "int8" else dtype))
     state, name = load_state(spec)
     model, tokenizer = build(state, name)
-    if tokenizer is None and need_tokenizer:
+    if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer, so it can neither read nor write text")
-    model = model.to(device, getattr(torch, wanted.dtype)).eval()
+    model = model.to(device, getattr(torch, kept.dtype)).eval()
     loss = "" if (best := state["best_val_loss"]) is None else f", validation loss {best:.4f}"
     history = f" (step {state['step']:,}{loss})" if state["step"] else ""
     log_row("model", f"{name}{history}\n{describe_model(model, tokenizer)}, {dtype} on {device}")
@@ -248,8 +241,9 @@ def load_state(spec=None) -> tuple[dict, str]:
     """A checkpoint's dict (see State) and its name, for any spec of load_model."""
     folder = GPT2Config().checkpoint_dir
     if spec is None and (spec := best_in(folder)) is None:
-        hint = "`python train.py` makes one, --checkpoint names another place"
-        raise CheckpointError(f"no checkpoint in {folder}: {hint}")
+        raise CheckpointError(
+            f"no checkpoint in {folder}: `python train.py` makes one, --checkpoint names another"
+        )
     path, name = Path(spec), str(spec)
     if path.is_file():
         return load(path), name
@@ -261,12 +255,12 @@ def load_state(spec=None) -> tuple[dict, str]:
 
 
 def new_state(config: GPT2Config, tensors: dict, tokenizer, name: str = "the model") -> dict:
-    """The checkpoint of a model from elsewhere, with or without (None) a tokenizer, at step 0. The
-    weights keep their type. ValueError, with name, if the tensors are not those of config.
-    """
-    state = {"format": FORMAT, "step": 0, "best_val_loss": None, "model": dict(tensors)}
-    state |= {"optimizer": {}, "scaler": {}, "rng": {}, "config": to_dict(config)}
-    state |= {"tokenizer": tokenizer.to_dict() if tokenizer else {}, "data_hash": None, "run": None}
+    """The checkpoint of a model from elsewhere; ValueError, with name, if config is another's."""
+    state = (
+        {"format": FORMAT, "step": 0, "best_val_loss": None, "model": dict(tensors)}
+        | {"optimizer": {}, "scaler": {}, "rng": {}, "config": asdict(config)}
+        | {"tokenizer": tokenizer.to_dict() if tokenizer else {}, "data_hash": None, "run": None}
+    )
     try:
         check_state(state)
     except ValueError as error:
@@ -279,13 +273,9 @@ def build(state: dict, name: str):
     """A checkpoint's model and its tokenizer or None; CheckpointError if that does not fit it."""
     model, spec = build_model(state), state["tokenizer"]
     try:
-        tokenizer = load_tokenizer(spec) if spec else None
+        return model, load_tokenizer(spec, model.config.vocab_size) if spec else None
     except ValueError as error:
-        raise CheckpointError(f"{name}: its tokenizer cannot be used ({error})") from error
-    if tokenizer and tokenizer.vocab_size != (size := model.config.vocab_size):
-        sizes = f"{tokenizer.vocab_size:,} tokens, the model {size:,}"
-        raise CheckpointError(f"{name}: its tokenizer cannot be used: it has {sizes}")
-    return model, tokenizer
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 def describe_model(model, tokenizer) -> str:

@@ -90,9 +90,8 @@ class GPT2Config:
         whole = derived(self)
         if whole.min_lr > self.learning_rate:
             yield f"--min_lr {self.min_lr}: more than --learning_rate {self.learning_rate}"
-        if whole.lr_decay_iters < whole.warmup_iters:
-            less = f"less than --warmup_iters {whole.warmup_iters}"
-            yield f"--lr_decay_iters {whole.lr_decay_iters}: {less}"
+        if (steps := whole.lr_decay_iters) < whole.warmup_iters:
+            yield f"--lr_decay_iters {steps}: less than --warmup_iters {whole.warmup_iters}"
 
 
 # Presets never set derived fields (min_lr, warmup_iters, dtype ...). "gpt2" repeats the default of
@@ -138,11 +137,6 @@ def derived(config: GPT2Config) -> GPT2Config:
         "lr_decay_iters": config.max_iters,
     }
     return replace(config, **{n: v for n, v in values.items() if getattr(config, n) is None})
-
-
-def to_dict(config: GPT2Config) -> dict:
-    """Every field as JSON holds it; a valid --config."""
-    return asdict(config) | {"dtype": dtype_name(config.dtype)}
 
 
 def differences(old: dict, config: GPT2Config, names=MODEL_FIELDS) -> list[str]:

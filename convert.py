@@ -101,11 +101,11 @@ def to_hf(spec, folder, push: str | None = None):
     model, tokenizer = checkpoint.build(state, name)
     facts, loss = checkpoint.describe_model(model, tokenizer), state["best_val_loss"]
     if loss is not None:
-        data = Path(state["config"]["data_dir"]).name
+        data = Path(model.config.data_dir).name
         facts += f". {state['step']:,} steps on `{data}`, validation loss {loss:.4f} nats a token"
     huggingface.write_hf(folder, model.config, model.state_dict(), tokenizer)
-    with files.atomic_write(folder / "README.md", "w") as file:
-        file.write(CARD.format(repo=push or folder.resolve().name, facts=facts))
+    card = CARD.format(repo=push or folder.resolve().name, facts=facts)
+    files.write_file(folder / "README.md", card)
     log_row("wrote", f"{folder}: {', '.join(sorted(os.listdir(folder)))}", "green")
     if push:
         log_row("pushed", huggingface.upload(folder, push), "green")
@@ -143,8 +143,7 @@ def to_gguf(spec, path, kind: str = "f32"):
         getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     tensors = {}  # by llama.cpp's names, (out, in)
-    weights = huggingface.tensors_to_hf(config, model.state_dict(), transposed=())
-    for key, tensor in weights.items():
+    for key, tensor in huggingface.tensors_to_hf(config, model.state_dict(), ()).items():
         if kind in ("f16", "q8_0") and tensor.abs().max() > np.finfo(np.float16).max:
             raise ValueError(f"{key} has values beyond the range of {kind}; take --type bf16")
         stored = types.F32 if tensor.ndim == 1 or ".wpe." in key else types[kind.upper()]
@@ -174,11 +173,10 @@ def read_nanogpt(path, tokenizer=None, gelu="exact") -> dict:
     file; None takes GPT-2's if the vocabulary has its size, padded or not.
     """
     found = checkpoint.load(path, lambda state: files.check_json(state, NanoGPT))
-    sizes = {name: found["model_args"].get(name) for name in huggingface.SIZES}
-    sizes["bias"] = found["model_args"].get("bias", True)  # older files lack it
+    args = {"bias": True} | found["model_args"]  # older files lack it
+    sizes = {name: args.get(name) for name in ("bias", *huggingface.SIZES)}
     config = GPT2Config(**sizes, position="learned", gelu=gelu)
-    tensors = {key.removeprefix("_orig_mod."): tensor for key, tensor in found["model"].items()}
-    tensors = huggingface.tensors_from_hf(tensors, transposed=())
+    tensors = huggingface.tensors_from_hf(found["model"], transposed=())
     if tokenizer is not None:
         tokenizer = load_tokenizer(tokenizer)
     elif config.vocab_size in (GPT2_SIZE, NANOGPT_PADDED):

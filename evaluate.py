@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,25 +37,20 @@ def score(model, rows, batch_size: int) -> np.ndarray:
     """Scores (rows, 2) on every rank: for each row (ids, first) the nats of ids[first:], and 1 if
     each of these is the most likely one, given all before it. first >= 1, the model in eval mode.
     """
-    scores = torch.zeros(len(rows), 2, dtype=torch.float64)
+    scores, device = torch.zeros(len(rows), 2, dtype=torch.float64), next(model.parameters()).device
     with progress("scoring", len(rows), "rows") as advance:
-        for number, start in enumerate(range(0, len(rows), batch_size)):
+        for start in range(rank() * batch_size, len(rows), world_size() * batch_size):
             batch = rows[start : start + batch_size]
-            if number % world_size() == rank():
-                score_batch(model, batch, scores[start : start + batch_size])
-            advance(len(batch))
+            tokens = [torch.from_numpy(np.asarray(ids, np.int64)) for ids, _ in batch]
+            idx = pad_sequence(tokens, batch_first=True).to(device)  # (B, T + 1)
+            hidden = model.hidden(idx[:, :-1])  # (B, T, C)
+            for row, (ids, first) in enumerate(batch):  # one by one: all logits would be large
+                targets = idx[row, first : len(ids)]  # (scored,)
+                logits = model.lm_head(hidden[row, first - 1 : len(ids) - 1])  # (scored, V)
+                scores[start + row, 0] = F.cross_entropy(logits, targets, reduction="sum")
+                scores[start + row, 1] = torch.equal(logits.argmax(-1), targets)
+            advance(len(batch) * world_size())
     return all_reduce_sum(scores).numpy()
-
-
-def score_batch(model, rows, scores):
-    tokens = [torch.from_numpy(np.asarray(ids, np.int64)) for ids, _ in rows]
-    idx = pad_sequence(tokens, batch_first=True).to(next(model.parameters()).device)  # (B, T + 1)
-    hidden = model.hidden(idx[:, :-1])  # (B, T, C)
-    for row, (ids, first) in enumerate(rows):  # one by one: the logits of all would be large
-        targets = idx[row, first : len(ids)]  # (scored,)
-        logits = model.lm_head(hidden[row, first - 1 : len(ids) - 1])  # (scored, V)
-        scores[row, 0] = F.cross_entropy(logits, targets, reduction="sum")
-        scores[row, 1] = torch.equal(logits.argmax(-1), targets)
 
 
 def nats_of(model, ids, block_size: int, stride: int, batch_size: int) -> float:
@@ -127,15 +123,15 @@ class Lambada(TypedDict):
 
 HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 LAMBADA = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
-EXAMPLES = {  # of each task: address, sha256
-    "hellaswag": (HELLASWAG, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
-    "lambada": (LAMBADA, "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"),
+EXAMPLES = {  # by their schema: address, sha256
+    HellaSwag: (HELLASWAG, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"),
+    Lambada: (LAMBADA, "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"),
 }
 
 
 def evaluate_hellaswag(model, tokenizer, options) -> dict:
     """How often the right ending is the most likely: in all (acc), per token (acc_norm)."""
-    path, lines = read_examples("hellaswag", HellaSwag, options.file)
+    path, lines = read_examples(HellaSwag, options.file)
     examples = [(line["ctx"], line["endings"]) for line in lines]
     labels = [line["label"] for line in lines]
     nats, _, tokens = score_endings(model, tokenizer, examples, options.batch_size)  # (examples, 4)
@@ -149,7 +145,7 @@ def evaluate_hellaswag(model, tokenizer, options) -> dict:
 
 def evaluate_lambada(model, tokenizer, options) -> dict:
     """How often the last word is guessed, and its perplexity."""
-    path, lines = read_examples("lambada", Lambada, options.file)
+    path, lines = read_examples(Lambada, options.file)
     texts = (line["text"].rsplit(maxsplit=1) for line in lines)
     examples = [(context, [word]) for context, word in texts]
     nats, greedy, _ = score_endings(model, tokenizer, examples, options.batch_size)  # (examples, 1)
@@ -161,12 +157,10 @@ def evaluate_lambada(model, tokenizer, options) -> dict:
     }
 
 
-def read_examples(task: str, schema, file: str | None) -> tuple[Path, list[dict]]:
+def read_examples(schema, file: str | None) -> tuple[Path, list[dict]]:
     """A .jsonl and its lines, by default the published ones, which rank 0 downloads once."""
-    address, sha256 = EXAMPLES[task]
-    path = Path(file or f"data/{task}/{Path(address).name}")
-    if not (file or path.exists()):
-        log_row("fetching", address)
+    address, sha256 = EXAMPLES[schema]
+    path = Path(file or f"data/{schema.__name__.lower()}/{Path(address).name}")
     try:
         broadcast_from_rank0(lambda: file or path.exists() or download(address, sha256, path))
     except ValueError as problem:
@@ -193,8 +187,7 @@ def score_endings(model, tokenizer, examples, batch_size: int) -> np.ndarray:
     if cropped:
         warn(f"{cropped:,} of {len(examples):,} contexts cropped to fit block_size {block_size}")
     # equal ones once, lest rounding decide between them; similar lengths together: less padding
-    rows = dict.fromkeys(row for rows in asked for row in rows)
-    rows = sorted(rows, key=lambda row: -len(row[0]))
+    rows = sorted(dict.fromkeys(chain(*asked)), key=lambda row: -len(row[0]))
     found = dict(zip(rows, score(model, rows, batch_size), strict=True))
     columns = [[(*found[row], len(row[0]) - row[1]) for row in rows] for rows in asked]
     return np.moveaxis(np.array(columns), -1, 0)
@@ -233,6 +226,8 @@ class Options(ModelOptions):
             yield "--task perplexity: name a text with --file"
         if self.file is not None and len({*self.task} - {"val"}) != 1:
             yield "--file: name the one task that reads it with --task"
+        elif self.file is not None and not Path(self.file).is_file():  # before any work
+            yield f"--file {self.file}: no such file"
 
 
 def print_result(result: dict, as_json: bool):

@@ -19,7 +19,6 @@ from pydantic import TypeAdapter, ValidationError
 from options import reason
 
 MOST_JSON = 64 << 20  # bytes; nothing of ours comes near
-TIMEOUT = 10  # seconds that a download may stand still
 
 
 class WriteError(OSError):
@@ -32,18 +31,17 @@ class WriteError(OSError):
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode: str = "wb", keep=None):
-    """Yield a temporary file that replaces path once it is on disk: fsync, rename, fsync of the
-    folder. keep: a name for the old file. Mode "w" is UTF-8 with \\n at line ends. WriteError.
+def atomic_write(path, keep=None):
+    """Yield a temporary file of bytes that replaces path once it is on disk: fsync, rename, fsync
+    of the folder. keep: a name for the old file. WriteError.
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.tmp")
-    utf8 = {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             remove(aside)  # what a killed run left; "x" follows no link that somebody puts there
-            with open(aside, mode.replace("w", "x"), **(utf8 if mode == "w" else {})) as file:
+            with open(aside, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -54,6 +52,14 @@ def atomic_write(path, mode: str = "wb", keep=None):
     finally:
         with contextlib.suppress(OSError):
             remove(aside)
+
+
+def write_file(path, content: str | bytes):
+    """Write a whole file atomically, a text in UTF-8."""
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
+    with atomic_write(path) as file:
+        file.write(content)
 
 
 def fsync_folder(folder):
@@ -79,8 +85,6 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        if isinstance(error, WriteError):
-            raise
         line = f"could not write {path}: {error.strerror or error}"
         with contextlib.suppress(OSError):
             line += f"; {shutil.disk_usage(Path(path).parent).free / 1e6:,.1f} MB are free"
@@ -180,8 +184,7 @@ def lock(folder):
             raise ValueError(line) from None
         remove(*folder.glob(".*.tmp"))
     try:
-        with atomic_write(note, "w") as file:
-            file.write(f"process {os.getpid()} ({' '.join(sys.argv)[:200]})")
+        write_file(note, f"process {os.getpid()} ({' '.join(sys.argv)[:200]})")
         yield
     finally:
         note.unlink(missing_ok=True)
@@ -212,15 +215,14 @@ def download(address: str, sha256: str, path):
     session = requests.Session()
     session.mount(address, requests.adapters.HTTPAdapter(max_retries=2))
     try:
-        response = session.get(address, timeout=TIMEOUT)
+        response = session.get(address, timeout=10)  # seconds that it may stand still
         response.raise_for_status()
     except requests.RequestException as error:
         cause = str(error).rpartition("): ")[2].removesuffix('"))')  # not the connection's name
         raise ValueError(cause) from None
     if hashlib.sha256(content := response.content).hexdigest() != sha256:
         raise ValueError(f"another file came, {len(content):,} bytes with a wrong sha256")
-    with atomic_write(path) as file:
-        file.write(content)
+    write_file(path, content)
 
 
 def optional(package: str, requirements: str = "requirements-hub.txt"):
@@ -243,5 +245,6 @@ def hub(repository: str, again: str):
     except Exception as error:  # networks fail in many ways
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise  # the disk is full
+        first = str(error).partition("\n")[0] or type(error).__name__
         remedy = f"{again} tries again; HF_ENDPOINT sets a mirror, HF_HUB_OFFLINE=1 reads the cache"
-        raise ValueError(f"{repository}: the transfer failed, {remedy}: {error!r:.300}") from error
+        raise ValueError(f"{repository}: the transfer failed, {remedy}: {first}") from error

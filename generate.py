@@ -57,9 +57,7 @@ def main(argv=None) -> int:
         prompts = [line for line in unix_lines(read_text(path)).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts_file {path}: holds no prompt; it needs one per line")
-    with out_of_memory(
-        "fewer --num_samples or prompts, --dtype bfloat16 or --device cpu need less"
-    ):
+    with out_of_memory("fewer --num_samples or prompts, or --dtype bfloat16, need less"):
         model, tokenizer = load_model(options.checkpoint, options.device, options.dtype)
         pack_linears(model, min(len(prompts) * options.num_samples, BATCH_SIZE))
         log_row("sampling", describe(options))
@@ -104,8 +102,7 @@ def batch_generate(
     settings: fields of Sampling. Returns each prompt with its continuation, num_samples times, as
     if generated alone. Raises ValueError for settings out of range, CheckpointError, WriteError.
     """
-    sampling = Sampling(**settings)
-    validate(sampling)
+    sampling = validate(Sampling(**settings))
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     model, tokenizer = load_model(checkpoint, device, dtype)
     pack_linears(model, min(batch_size, len(prompts) * sampling.num_samples))
@@ -118,9 +115,9 @@ def write_texts(path, texts) -> list[str]:
     path, written = Path(os.path.realpath(path)), []  # a link stays a link
     if path.exists() and not path.is_file():
         raise ValueError(f"--output {path}: not a regular file")
-    with atomic_write(path, "w") as file:
+    with atomic_write(path) as file:
         for text in map("".join, texts):
-            file.write(f"{SEPARATOR if written else ''}{text}\n")
+            file.write(f"{SEPARATOR if written else ''}{text}\n".encode(errors="replace"))
             written.append(text)
     log_row("wrote", f"{len(written)} text{'s' * (len(written) != 1)} to {path}", "green")
     return written
@@ -175,9 +172,7 @@ def command(line: str, sampling: Sampling):
     word, name, text = [*line.strip().split(maxsplit=2), "", ""][:3]
     notes = describe_fields(Sampling)
     if word == "/set" and name in notes:
-        changed = replace(sampling, **{name: text})
-        validate(changed)
-        vars(sampling).update(vars(changed))
+        vars(sampling).update(vars(validate(replace(sampling, **{name: text}))))
         log_row("sampling", describe(sampling))
     elif word == "/help":
         rows = [f"{name:<15} {getattr(sampling, name)!r:<6} {notes[name][1]}" for name in notes]

@@ -22,7 +22,6 @@ from tokenizer import END_OF_TEXT, MOST_SPECIAL, GPT2Tokenizer, load_tokenizer
 # Weights that end so are transposed there: transformers' Conv1D multiplies from the other side.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"  # tied
-BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks in older files, not weights
 GPT2_SIZE = 50257  # GPT-2's vocabulary
 GPT2_TOKENS = "0ffec638c558c04f8109a85e6f929045ccc4dfd3c19dacd20700b60cef5b5575"  # sha256
 SIZES = {"block_size": "n_positions"} | {  # ours: theirs
@@ -31,6 +30,7 @@ SIZES = {"block_size": "n_positions"} | {  # ours: theirs
 HUB_NAMES = {"distilgpt2": "distilbert/distilgpt2"} | {
     name: f"openai-community/{name}" for name in GPT2_CONFIGS if "gpt2" in name
 }
+SAME = {"gelu_new": "gelu_pytorch_tanh"}  # two names there of one function
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 HUB_FILES = ("config.json", "model*.safetensors*", *TOKENIZER_FILES)
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"  # org/name
@@ -58,15 +58,13 @@ def upload(folder: Path, repo: str) -> str:
 
 
 def read_hf(folder: Path, name: str):
-    """Config, tensors (unchecked) and tokenizer (None if none of ours does the same) of a folder
-    that transformers has written. name: what messages call it.
-    """
+    """Config, unchecked tensors and tokenizer or None of transformers' folder, named in errors."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name}: a folder with no config.json; name a checkpoint's .pt file")
     config = config_from_hf(files.read_json(folder / "config.json"), name)
     safetensors, torch_files = map(files.optional, ("safetensors", "safetensors.torch"))
     tensors = {}
-    for path in sorted(folder.glob("model*.safetensors")):  # shards, then model.safetensors
+    for path in [*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors")]:
         files.open_file(path).close()  # not a FIFO, which would never end
         try:
             tensors |= torch_files.load_file(path)
@@ -88,7 +86,7 @@ def config_from_hf(found: dict, name: str) -> GPT2Config:
     lines += [
         f"{key} {found[key]!r}, only {value} can be converted"
         for key, value in config_to_hf(config).items()
-        if found.get(key, value) != value
+        if found.get(key, value) not in (value, SAME.get(value))
     ]
     if lines:
         raise ValueError("\n".join(f"{name}: config.json: {line}" for line in lines))
@@ -112,11 +110,11 @@ def tensors_from_hf(found: dict, transposed=TRANSPOSED) -> dict:
     """Tensors by our names, in our layout; files may leave out the head, which is tied."""
     tensors = {}
     for key, tensor in found.items():
-        if not key.endswith(BUFFERS):
-            is_ours = key.startswith(("transformer.", "lm_head."))
+        key = key.removeprefix("_orig_mod.")  # torch.compile's
+        name = key if key.startswith(("transformer.", "lm_head.")) else f"transformer.{key}"
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):  # older files' causal masks
             is_other = key.endswith(transposed)
-            tensor = tensor.transpose(0, -1).contiguous() if is_other else tensor
-            tensors[key if is_ours else f"transformer.{key}"] = tensor
+            tensors[name] = tensor.transpose(0, -1).contiguous() if is_other else tensor
     return {HEAD: tensors[EMBEDDING], **tensors} if EMBEDDING in tensors else tensors
 
 
@@ -141,11 +139,9 @@ def write_hf(folder: Path, config: GPT2Config, tensors: dict, tokenizer):
         | {f"{part}_pdrop": config.dropout for part in ("attn", "embd", "resid")}
         | {"architectures": ["GPT2LMHeadModel"], "n_ctx": config.block_size}  # for llama.cpp
     )
-    with files.atomic_write(folder / "model.safetensors") as file:
-        file.write(to_bytes(theirs, {"format": "pt"}))
+    files.write_file(folder / "model.safetensors", to_bytes(theirs, {"format": "pt"}))
     for name, fields in written.items():
-        with files.atomic_write(folder / name, "w") as file:
-            json.dump(fields, file, indent=2, ensure_ascii=False)
+        files.write_file(folder / name, json.dumps(fields, indent=2, ensure_ascii=False))
 
 
 def tensors_to_hf(config: GPT2Config, tensors: dict, transposed=TRANSPOSED) -> dict:
@@ -186,11 +182,9 @@ def tokenizer_to_hf(tokenizer) -> tokenizers.Tokenizer:
 
 
 def read_hf_tokenizer(folder: Path, vocab_size: int):
-    """The folder's tokenizer as one of ours; None, with a line that says why, if none is the same.
-    Without any files a vocabulary of 50,257 is GPT-2's.
-    """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return GPT2Tokenizer() if vocab_size == GPT2_SIZE else None
+    """A folder's tokenizer; None, with a line that says why, if none of ours is the same."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:3]):
+        return GPT2Tokenizer() if vocab_size == GPT2_SIZE else None  # GPT-2's own
     try:
         return tokenizer_from_hf(folder, vocab_size)
     except Exception as error:  # nothing is known of what is in there
@@ -217,8 +211,6 @@ def tokenizer_from_hf(folder: Path, vocab_size: int):
     names, plain = {i: text for text, i in ids.items()}, set(theirs["vocab"].values())
     others = islice((i for i in range(vocab_size) if i not in plain), MOST_SPECIAL)
     special = {names.get(i, f"<|unused {i}|>"): i for i in others}
-    if len(plain) + len(special) != vocab_size:
-        raise ValueError(f"it has {len(ids):,} tokens, the model {vocab_size:,}")
     tokens = sorted(theirs["vocab"], key=ids.get)
     fields = {"format": 1, "kind": "char", "characters": tokens}
     if theirs["type"] == "BPE":
@@ -226,7 +218,7 @@ def tokenizer_from_hf(folder: Path, vocab_size: int):
         is_gpt2 = hashlib.sha256(spelt.encode()).hexdigest() == GPT2_TOKENS
         fields = {"format": 1, "kind": "gpt2" if is_gpt2 else "bpe", "tokens": spelt}
         fields |= {"special": special, "eot": eot["content"] if isinstance(eot, dict) else eot}
-    made = load_tokenizer(fields)
+    made = load_tokenizer(fields, vocab_size)
     ours = _parts(json.loads(tokenizer_to_hf(made).to_str()))
     theirs |= {n: True for n in ("add_prefix_space", "add_bos_token") if settings.get(n)}
     if other := [name for name in theirs if theirs[name] != ours.get(name)]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, FiniteFloat
-from rich.console import Console, ConsoleDimensions
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.text import Text
@@ -37,9 +37,8 @@ class _Console(Console):
         return self.file.isatty()
 
     @property
-    def size(self):  # leaves room for the ^C that a terminal puts after a live line
-        columns, rows = super().size
-        return ConsoleDimensions(columns - 2, rows)
+    def size(self):  # two columns less: a terminal puts ^C after a live line
+        return super().size._replace(width=super().size.width - 2)
 
     def on_broken_pipe(self):  # rich would exit; the work goes on without output
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
@@ -73,7 +72,7 @@ def log(text="", label="", style="", console=stderr, fold=True, every_rank=False
     """Rank 0's message after a styled label; wrapped on a terminal, but never in a `command`."""
     if rank() > 0 and not every_rank:
         return
-    lines = visible(text).split("\n")
+    lines = [line[:4000] for line in visible(text).split("\n")[:100]]  # they may be a file's
     if fold and console.is_terminal:
         width = max(20, console.width - len(label))
         wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
@@ -207,8 +206,8 @@ def _show_error(error, code):
     text = str(error) or type(error).__name__
     if getattr(error, "filename", None):
         text = f"{error.filename}: {error.strerror}"
-    for line in text.splitlines():
-        log(line[:1000], label, "red", every_rank=True)  # a file's content may be in it
+    for line in text.splitlines()[:100]:
+        log(line[:1000], label, "red", every_rank=True)
 
 
 # ---------------------------------------------------------------- the log of a run
@@ -242,18 +241,15 @@ def open_run(log_dir, checkpoint_dir, name: str | None, step: int, run_name: str
     if name and folder != before:
         log_row("run", f"{folder} goes on from step {step:,} of {before}, which stays as it is")
     with files.lock(files.own_folder(folder)):
-        with files.atomic_write(folder / OWNER, "w") as file:
-            file.write(here)
+        files.write_file(folder / OWNER, here)
         path, records = before / "metrics.jsonl", []
         try:
             content = files.read_bytes(path, most=1 << 28) if path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]  # a kill may leave half a line
-            for number, line in enumerate(whole.splitlines(), 1):
+            for number, line in enumerate(content.split(b"\n")[:-1], 1):  # a kill cuts the last
                 records.append(files.check_json(line, Record, f"{path}, line {number}"))
         except (OSError, ValueError) as error:
             if folder == before:
-                aside = files.free_name(f"{path}.damaged")
-                os.replace(path, aside)
+                os.replace(path, aside := files.free_name(f"{path}.damaged"))
                 warn(f"{error}; the file is kept as {aside}")
         yield folder.name, [record for record in records if record["step"] <= step]
 
@@ -267,18 +263,17 @@ class RunLog:
         self.folder, self.records, self.first_step, self.total = folder, records, step, total
         self.metrics = folder / "metrics.jsonl"
         self.events = folder / f"events.out.tfevents.{time.time():.6f}"
-        steps = "step {task.completed:.0f}/{task.total:.0f}"
-        self.bar = _live(steps, BarColumn(None), "{task.description}")
+        self.bar = _live(
+            "step {task.completed}/{task.total}", BarColumn(None), "{task.description}"
+        )
         self.task = self.bar.add_task("timing the first steps", total=total, completed=step)
 
     def start(self, config: dict):
         """Write what there is, on rank 0, and start the clock. config.json is a valid --config."""
         if rank() == 0:
             is_copy, text = not any(self.folder.glob("events*")), json.dumps(config, indent=2)
-            lines = "".join(json.dumps(record) + "\n" for record in self.records)
-            for path, content in (self.folder / "config.json", text), (self.metrics, lines):
-                with files.atomic_write(path, "w") as file:
-                    file.write(content)
+            files.write_file(self.folder / "config.json", text)
+            files.write_file(self.metrics, "".join(json.dumps(r) + "\n" for r in self.records))
             self._event(0, file_version="brain.Event:2")
             # what TensorBoard has of later steps is from a run that was killed
             self._event(self.first_step + 1, session_log={"status": "START"})
@@ -339,9 +334,11 @@ class RunLog:
         left = [f"{human_time(seconds)} left"] if seconds else []
         self.bar.update(self.task, description=", ".join([*left, loss, rate, speed]))
         if self.bar.disable:
-            norm = f"norm {record['grad_norm']:.2f}"
-            mfu = [] if record["mfu"] is None else [f"mfu {record['mfu']:.0%}"]
-            log(step + ", ".join([loss, rate, norm, speed, *mfu, *left]))
+            mfu = [f"mfu {record['mfu']:.0%}"] if record["mfu"] else []
+            log(
+                step
+                + ", ".join([loss, rate, f"norm {record['grad_norm']:.2f}", speed, *mfu, *left])
+            )
         if "val_loss" in record:
             val_loss = record["val_loss"]
             parts = [f"val loss {val_loss:.4f}", f"perplexity {perplexity(val_loss):.2f}"]

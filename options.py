@@ -36,9 +36,10 @@ FolderName = Annotated[str, Field(pattern=r"^\w[\w.\-]{0,127}$")]  # no path
 
 
 def validate(options, found=()):
-    """Coerce the fields in place; ValueError with a line per problem, those in found included."""
+    """options, its fields coerced in place; ValueError with a line per problem, and those found."""
     if found := [*found, *problems(options)]:
         raise ValueError("\n".join(found))
+    return options
 
 
 def problems(options) -> list[str]:
@@ -47,7 +48,7 @@ def problems(options) -> list[str]:
     """
     cls, values, wrong = type(options), {}, {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
-        value = getattr(options, name)
+        value = str(v) if isinstance(v := getattr(options, name), bool) else v  # true is not 1
         if type(None) in get_args(hint) and str(value).lower() == "none":
             value = None
         try:
@@ -82,8 +83,7 @@ def _flag(cls, name):
 def parse_args(cls, argv, doc, usage=None):
     """A script's options from its command line; ValueError with a line for every problem."""
     [options], _, found = parse(argv, doc, cls, usage=usage)
-    validate(options, found)
-    return options
+    return validate(options, found)
 
 
 def parse(argv, doc, *classes, usage=None) -> tuple[list, set[str], list[str]]:

@@ -26,7 +26,7 @@ def process_group(device: torch.device, timeout: float = 600, alike: dict | None
     not answer within timeout seconds; ValueError if `alike` differs between ranks. Yields a gloo
     group for agreement on the host; NCCL's timeout is longer, as at it NCCL kills the process.
     """
-    if world_size() == 1 or dist.is_initialized():
+    if world_size() == 1:
         yield None
         return
     cuda, patience, store = device.type == "cuda", datetime.timedelta(seconds=timeout), None
@@ -36,7 +36,7 @@ def process_group(device: torch.device, timeout: float = 600, alike: dict | None
         place = {"store": store, "rank": rank(), "world_size": world_size()}
         backend, wait = ("cpu:gloo,cuda:nccl", 2 * patience) if cuda else ("gloo", patience)
         dist.init_process_group(backend, timeout=wait, device_id=device if cuda else None, **place)
-        for other, theirs in enumerate(all_gather([alike])):
+        for other, theirs in enumerate(all_gather(alike)):
             if unlike := [name for name in alike or () if theirs[name] != alike[name]]:
                 whose = f"process {other} has another {unlike[0]} than process {rank()}"
                 raise ValueError(f"{whose}; start all with the same flags and data")
@@ -82,13 +82,12 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def all_gather(items: list) -> list:
+def all_gather(item) -> list:
     """The items of all ranks in the order of the ranks; the same list everywhere."""
-    if world_size() == 1:
-        return items
-    lists = [None] * world_size()
-    dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
+    items = [item] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(items, item)
+    return items
 
 
 def broadcast_from_rank0(function):
@@ -113,25 +112,25 @@ class StopSignals(contextlib.ExitStack):
 
     def __init__(self, group=None):
         super().__init__()
-        self.group, self.signum = group, None
+        self.group, self.signum = group, 0
         for signum in signal.SIGINT, signal.SIGTERM:
             with contextlib.suppress(ValueError):  # only the main thread may set handlers
                 self.callback(signal.signal, signum, signal.signal(signum, self.handle))
 
     def handle(self, signum, frame):
-        if self.signum is None:
+        if not self.signum:
             self.signum, self.when = signum, time.monotonic()
             if rank() == 0:
                 os.write(2, b"\nfinishing this step and saving; once more leaves at once\n")
         elif world_size() == 1 or time.monotonic() - self.when > 2:
             os._exit(128 + signum)
 
-    def received(self) -> int | None:
-        """A signal received by any rank, or None. Collective: every rank must call it."""
-        signum = torch.tensor(self.signum or 0)
+    def received(self) -> int:
+        """A signal received by any rank, or 0. Collective: every rank must call it."""
+        signum = torch.tensor(self.signum)
         if world_size() > 1:
             dist.all_reduce(signum, dist.ReduceOp.MAX, group=self.group)
-        return signum.item() or None
+        return signum.item()
 
 
 def shard(model, device, dtype):
@@ -161,12 +160,12 @@ def compile_model(model):
     """The compiled model; the plain one, with a warning, if any rank has no working compiler."""
     # else recomputed dropout has a random state of its own, which no seed and no checkpoint sets
     torch._functorch.config.graphsafe_rng_functionalization = False
-    reasons = []
+    reason = None
     try:
         torch.compile(torch.exp)(torch.ones((), device=next(model.parameters()).device))
     except Exception as error:  # compilers fail in many ways, none of which needs to end a run
-        reasons.append((str(error).strip() or type(error).__name__).splitlines()[0][:120])
-    if reasons := all_gather(reasons):
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    if reasons := list(filter(None, all_gather(reason))):
         warn(f"torch.compile does not work here ({reasons[0]}); training goes on without it")
         return model
     log_row("compiling", "the model, in the first step (about a minute)")

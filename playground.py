@@ -33,7 +33,7 @@ from options import integer, parse_args
 from sampling import Sampling, TextStream, generate_ids, logits_to_probs, prompt_ids
 
 TEXT_TOKENS, REQUEST_BYTES, CONNECTIONS = 2048, 2**18, 64  # at most
-PAUSE_SECONDS = 0.1  # between messages: one for each token would slow a small model down
+BODY_SECONDS, PAUSE_SECONDS = 10, 0.1  # for a request to come; between messages with tokens
 SHOWN, COLUMNS = 10, 6  # candidates; tokens in the table of layers
 POLICY = "default-src 'self' 'unsafe-inline' data:; base-uri 'none'; frame-ancestors 'none'"
 
@@ -149,10 +149,10 @@ def write(model, ids, ask, tokenizer):
 
 def application(model, tokenizer, name, hosts):
     """The ASGI application; one thread does all the work with the model."""
-    from starlette import applications, responses, routing
+    from starlette import applications, requests, responses, routing
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    worker, turn, say = ThreadPoolExecutor(1), asyncio.Lock(), responses.PlainTextResponse
+    worker, turn = ThreadPoolExecutor(1), asyncio.Lock()
     with torch.device("meta"):  # the shapes of an int8 model's weights are not among its own
         shapes = {name: list(p.shape) for name, p in type(model)(model.config).named_parameters()}
     facts = {
@@ -178,8 +178,8 @@ def application(model, tokenizer, name, hosts):
 
     async def answer(request):
         if request.headers.get("origin", "") not in ("", f"http://{request.headers.get('host')}"):
-            return say("a page from elsewhere cannot use this one", 403)
-        ask = check_json(await request.body(), Ask)
+            return responses.PlainTextResponse("a page from elsewhere cannot use this one", 403)
+        ask = check_json(await asyncio.wait_for(request.body(), BODY_SECONDS), Ask)
         ids = ask.ids or prompt_ids(tokenizer, ask.text)
         if len(ids) > TEXT_TOKENS:
             raise ValueError(f"the text has {len(ids):,} tokens; the page takes {TEXT_TOKENS:,}")
@@ -193,13 +193,14 @@ def application(model, tokenizer, name, hosts):
         return responses.JSONResponse({"ids": ids, "bits": bits, "start": start})
 
     async def refuse(request, error):
-        return say(str(error), 400)
+        return responses.PlainTextResponse(str(error) or "too slow", 400)
 
     html = Path(__file__).with_name("playground.html").read_text("utf-8")
     page = responses.HTMLResponse(html, headers={"content-security-policy": POLICY})
     routes = [routing.Route(f"/{p}", answer, methods=["POST"]) for p in ("read", "look", "write")]
     routes += routing.Route("/", page), routing.Route("/facts", responses.JSONResponse(facts))
-    refused = {ValueError: refuse, torch.OutOfMemoryError: refuse}
+    gone = requests.ClientDisconnect, TimeoutError
+    refused = dict.fromkeys((ValueError, torch.OutOfMemoryError, *gone), refuse)
     limits = {"exception_handlers": refused, "max_body_size": REQUEST_BYTES}
     return TrustedHostMiddleware(applications.Starlette(routes=routes, **limits), hosts)
 

@@ -28,7 +28,6 @@ import sources
 from data import META_FORMAT, TOKEN_DTYPES, Count, Meta, TokenDataset
 from logger import command_for, log_row, progress, run, stdout, warn
 from options import integer, number, parse_args, validate
-from sources import HUB_DATASETS, PARQUET, describe_file
 from tokenizer import KINDS, MOST_TOKENS, GPT2Tokenizer, load_tokenizer
 
 # what makes a data set: with the same text and these, it is the same
@@ -36,7 +35,7 @@ SETTINGS = ("dataset", "name", "tokenizer", "vocab_size", "val_fraction", "encod
 # what a BPE learns from: bytes of distinct words (its memory is 100 times that), and characters
 SAMPLE_WORDS, SAMPLE = 5 << 20, 1 << 27
 
-Dataset = Literal["shakespeare", "custom", *HUB_DATASETS]
+Dataset = Literal["shakespeare", "custom", *sources.HUB_DATASETS]
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -59,7 +58,7 @@ class Options:
     workers: integer(1, 1024) | None = None  # threads; unset: as many as cores
 
     def __post_init__(self):
-        row = HUB_DATASETS.get(self.dataset)
+        row = sources.HUB_DATASETS.get(self.dataset)
         self.dataset = self.dataset or ("custom" if self.input else "shakespeare")
         self.tokenizer = self.tokenizer or ("char" if self.dataset == "shakespeare" else "gpt2")
         self.name = self.name or (row and row[-1])
@@ -69,31 +68,28 @@ class Options:
         self.workers = self.workers or os.cpu_count() or 1
 
     def conflicts(self):
-        dataset, kind, custom = self.dataset, self.tokenizer, self.dataset == "custom"
-        others = self.input or self.data_dir != self.adopt or dataset != "shakespeare"
+        dataset, kind = self.dataset, self.tokenizer
         known = kind in KINDS or Path(kind).is_file()
-        has_parts = HUB_DATASETS.get(dataset, [None])[-1]
+        others = self.input or self.data_dir != self.adopt or dataset != "shakespeare"
         wrong = {
             "--adopt DIR takes the data set in DIR, and no other flags": self.adopt and others,
-            "--dataset custom needs --input FILE": custom and not self.input,
-            f"--input is not for {dataset}; use --dataset custom": self.input and not custom,
-            f"--name {self.name}: not for {dataset}": self.name and not has_parts,
+            "--input FILE goes with --dataset custom": (dataset == "custom") != bool(self.input),
+            f"--name {self.name}: not for {dataset}": self.name and dataset != "fineweb",
             f"--tokenizer {kind}: neither {', '.join(KINDS)} nor a file": not known,
             f"--vocab_size {self.vocab_size}: only for bpe": self.vocab_size and kind != "bpe",
-            "--encoding is for the text files of --input": self.encoding and not custom,
         }
         return [message for message, is_so in wrong.items() if is_so]
 
 
 def make_tokenizer(kind, given, source, vocab_size):
     """The given tokenizer, GPT-2's, or one of this kind that is trained on the text."""
-    if kind not in ("char", "bpe"):  # which learn from the text
-        given = given or KINDS[kind]()  # before all other work: it may not be had
+    if kind == "gpt2":
+        given = given or GPT2Tokenizer()  # before all other work: it may not be had
     characters = {} if kind == "char" else None
     source.survey(characters)
     if given is None and kind == "bpe":
         log_row("vocabulary", f"learning {vocab_size:,} tokens from the text")
-        sample = training_sample(text for _, text in source.texts())
+        sample = training_sample(filter(None, source.texts()))
         return files.in_thread(KINDS[kind].train, sample, vocab_size).result()
     given = given or KINDS[kind].train(characters)
     if characters and (new := min(characters.keys() - set(given.characters), default="")):
@@ -105,7 +101,7 @@ def make_tokenizer(kind, given, source, vocab_size):
 def training_sample(chunks):
     """The text from its start until it has SAMPLE_WORDS of distinct words, or SAMPLE characters."""
     words, size, total = set(), 0, 0
-    for chunk in filter(None, chunks):
+    for chunk in chunks:
         yield chunk
         new = set(chunk.split()) - words
         words |= new
@@ -141,7 +137,7 @@ def append(folder, state, split, raw, text_bytes):
         file.truncate(size)
         file.write(raw)
     counts["tokens"] += len(raw) // itemsize
-    counts["bytes"] += text_bytes
+    counts["bytes"] = (counts["bytes"] or 0) + text_bytes
 
 
 def new_meta(tokenizer, **others) -> dict:
@@ -194,18 +190,20 @@ def prepare(options) -> Meta:
         given = load_tokenizer(kind)
         kind = given.kind
         settings["tokenizer"] = kind if kind == "gpt2" else f"{kind} {given.hash()}"
-    found, on_hub = sources.find_files(options.input or []), options.dataset in HUB_DATASETS
-    of_parquet = on_hub or (found and PARQUET.search(found[0][0]))
+    on_hub, found = options.dataset in sources.HUB_DATASETS, sources.find_files(options.input or [])
+    of_parquet = on_hub or (found and sources.PARQUET.search(found[0][0]))
     if of_parquet and (kind == "char" or options.encoding):
         raise ValueError("--encoding and --tokenizer char are for text files; use gpt2 or bpe")
     with files.lock(data_dir):
         if options.dataset == "shakespeare":
             found = [sources.shakespeare(data_dir)]
-        origins, revision = [describe_file(*file) for file in found], None
+        origins, revision = [sources.describe_file(*file) for file in found], None
         if not options.overwrite and find(data_dir / "meta.json", Meta, settings, origins):
             log_row("unchanged", f"{data_dir} already holds this text, prepared like this")
             return TokenDataset(data_dir).meta  # its files are as meta.json says
         download = files.own_folder(files.own_folder(folder) / "download")
+        for path in filter(Path.is_dir, download.rglob("*")):
+            files.own_folder(path)  # no link
         state = find(folder / "progress.json", Progress, settings, origins, options.overwrite)
         fetch = [path for _, path in found].__getitem__
         if on_hub:
@@ -216,28 +214,30 @@ def prepare(options) -> Meta:
         if state:
             log_row("resuming", f"with what is in {folder}")
             tokenizer = load_tokenizer(folder / "tokenizer.json")
-            state |= new_meta(tokenizer)
+            if state | new_meta(tokenizer) != state:
+                raise ValueError(f"{folder}: progress.json is not of its tokenizer.json; delete it")
         else:
             files.remove(folder / "progress.json")  # of another text
             tokenizer = make_tokenizer(kind, given, source, options.vocab_size)
-            tokenizer.save(folder / "tokenizer.json")
+            others = {"sources": origins, "settings": settings, "revision": revision, "position": 0}
             splits = {split: {"tokens": 0, "bytes": 0, "sha256": ""} for split in ("train", "val")}
-            state = new_meta(tokenizer, splits=splits, sources=origins, settings=settings)
-            state |= {"revision": revision, "position": 0}
+            state = new_meta(tokenizer, splits=splits, **others)
+        tokenizer.save(folder / "tokenizer.json")
         append_all(folder, state, tokenizer, source, options)
         for split, counts in state["splits"].items():
-            counts["sha256"] = describe_file(split, folder / f"{split}.bin")["sha256"]
+            append(folder, state, split, b"", 0)  # checks the size of what a killed run has left
+            counts["sha256"] = sources.describe_file(split, folder / f"{split}.bin")["sha256"]
             if not counts["tokens"]:
                 files.remove(folder)
-                share = f"--val_fraction {options.val_fraction}; take another share, or more text"
-                raise ValueError(f"no text for {split}: {share}")
+                share = f"--val_fraction {options.val_fraction}"
+                raise ValueError(f"no text for {split}: {share}; take another, or more text")
         del state["revision"], state["position"]
         write_json(folder / "meta.json", state)
-        with files.writing(data_dir):  # a half-replaced data set must not look complete
-            files.remove(folder / "progress.json", data_dir / "meta.json")
-            for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
-                os.replace(folder / name, data_dir / name)
-            files.fsync_folder(data_dir)
+        # a half-replaced data set must not look complete
+        files.remove(folder / "progress.json", data_dir / "meta.json")
+        for name in ("train.bin", "val.bin", "tokenizer.json", "meta.json"):
+            os.replace(folder / name, data_dir / name)
+        files.fsync_folder(data_dir)
         files.remove(folder)
         return state
 
@@ -270,30 +270,28 @@ def append_all(folder, state, tokenizer, source, options):
 
 def adopt(data_dir) -> Meta:
     """Add tokenizer.json and meta.json to nanoGPT's train.bin and val.bin of gpt2 tokens."""
-    data_dir, splits = Path(data_dir), {}
+    data_dir, splits, origins = Path(data_dir), {}, []
     if (data_dir / "meta.json").exists():
         return TokenDataset(data_dir).meta
     if (data_dir / "meta.pkl").exists():  # a pickle can run code
         raise ValueError(f"{data_dir / 'meta.pkl'}: not gpt2's tokens; prepare the text itself")
-    origins = [describe_file(name, data_dir / name) for name in ("train.bin", "val.bin")]
-    for split, file in zip(("train", "val"), origins, strict=True):
+    for split in ("train", "val"):
+        path = data_dir / f"{split}.bin"
+        origins.append(file := sources.describe_file(path.name, path))
         if file["bytes"] % 2 or not file["bytes"]:
-            wrong = f"{file['bytes']:,} bytes are not tokens of 2 bytes each"
-            raise ValueError(f"{data_dir / file['name']}: {wrong}")
+            raise ValueError(f"{path}: {file['bytes']:,} bytes are not tokens of 2 bytes each")
         splits[split] = {"tokens": file["bytes"] // 2, "bytes": None, "sha256": file["sha256"]}
-    with files.lock(data_dir):
-        gpt2, settings = GPT2Tokenizer(), {"dataset": "adopted", "tokenizer": "gpt2"}
-        gpt2.save(data_dir / "tokenizer.json")
-        meta = new_meta(gpt2, splits=splits, sources=origins, settings=settings)
-        write_json(data_dir / "meta.json", meta)
-        return meta
+    tokenizer, settings = GPT2Tokenizer(), {"dataset": "adopted", "tokenizer": "gpt2"}
+    tokenizer.save(data_dir / "tokenizer.json")
+    meta = new_meta(tokenizer, splits=splits, sources=origins, settings=settings)
+    write_json(data_dir / "meta.json", meta)
+    return meta
 
 
 def prepare_file(path, tokenizer: str, data_dir) -> Meta:
     """`prepare` for one text file; tokenizer: a kind, or the path of a tokenizer.json."""
     options = Options(input=[str(path)], tokenizer=str(tokenizer), data_dir=str(data_dir))
-    validate(options)
-    return prepare(options)
+    return prepare(validate(options))
 
 
 def show_summary(meta, data_dir):

@@ -244,8 +244,7 @@ def generate_texts(model, tokenizer, prompts, sampling, batch_size=16, times=Non
 
 def sample_text(model, tokenizer, prompt, max_new_tokens=200, **settings) -> str:
     """The prompt and its continuation; settings: fields of Sampling. Changes no random state."""
-    sampling = Sampling(max_new_tokens=max_new_tokens, **settings)
-    validate(sampling)
+    sampling = validate(Sampling(max_new_tokens=max_new_tokens, **settings))
     was_training = model.training
     model.eval()
     try:

@@ -53,12 +53,13 @@ def find_files(inputs) -> list[tuple[str, Path]]:
         for path in found:  # which grows: as deep as folders go
             if path.is_dir() and (path is top or not path.is_symlink()):
                 found += [file for file in path.iterdir() if not file.name.startswith(".")]
+            elif path.is_dir():
+                warn(f"--input {path}: a link to a folder, which is not followed")
             elif TEXT.search(path.name) or PARQUET.search(path.name):
                 folder = top if path is not top else top.parent
                 known.append((path.relative_to(folder).as_posix(), path))
         if not known:
-            forms = ".txt, .md, .jsonl (or .gz of one) or .parquet"
-            raise ValueError(f"--input {top}: neither a file nor a folder of {forms}")
+            raise ValueError(f"--input {top}: no .txt, .md, .jsonl (or .gz of one) or .parquet")
         files += sorted(known)
     of_parquet = [path for name, path in files if PARQUET.search(name)]
     if 0 < len(of_parquet) < len(files):
@@ -90,7 +91,7 @@ def describe_file(name, path) -> dict:
 
 
 class Documents:
-    """What text and parquet files share. fetch: number -> path of a file, perhaps downloaded."""
+    """What text and parquet files share; fetch: number -> path of a file, perhaps downloaded."""
 
     def __init__(self, files: list[dict], fetch, options):
         self.files, self.fetch, self.options = files, fetch, options
@@ -104,17 +105,17 @@ class TextFiles(Documents):
 
     def survey(self, characters: dict | None = None):
         """Count the characters, and note where each is first; ValueError for a blank text."""
-        self.total, starts = 0, {}
-        for path, chunk in self.texts():
-            text = (chunk or "").replace("\r", "\n")  # as unix_lines, and of the same length
-            at = self.total - starts.setdefault(path, self.total)  # in the file
-            if characters is not None:
-                new = set(text) - characters.keys()
-                characters |= {c: f"{path}, position {at + text.index(c)}" for c in new}
-            self.total += len(text)
-        if not any(chunk and chunk.strip() for _, chunk in self.texts()):
-            nothing = f"no text, {self.total:,} characters of white space"
-            raise ValueError(f"{self.files[0]['name']}: {nothing}")
+        self.total = 0
+        for number in range(len(self.files)):
+            path, start = self.fetch(number), self.total
+            for chunk in filter(None, self._read(path)):
+                if characters is not None:
+                    text, at = chunk.replace("\r", "\n"), self.total - start  # as unix_lines
+                    new = set(text) - characters.keys()
+                    characters |= {c: f"{path}, position {at + text.index(c)}" for c in new}
+                self.total += len(chunk)
+        if not any(chunk and chunk.strip() for chunk in self.texts()):
+            raise ValueError(f"{self.files[0]['name']}: no text, {self.total:,} characters")
 
     def parts(self, first: int):
         """Streams of (split, text or END), one a part, from the first that is not done."""
@@ -122,7 +123,7 @@ class TextFiles(Documents):
 
     def _shares(self):
         n_train = int((1 - self.options.val_fraction) * self.total)
-        for _, chunk in self.texts():
+        for chunk in self.texts():
             if chunk is END:
                 yield "train" if self.done <= n_train else "val", END
                 continue
@@ -133,10 +134,12 @@ class TextFiles(Documents):
             yield from (("train", chunk[:left]), ("val", chunk[left:]))
 
     def texts(self):
-        """Pairs of a file's path and text of at most CHUNK characters, or END after a document."""
+        """Texts of at most CHUNK characters, and END after each document."""
         for path in map(self.fetch, range(len(self.files))):
-            chunks = read_text_file(path, self.options.encoding or "utf-8", self.options.errors)
-            yield from ((path, chunk) for chunk in chunks)
+            yield from self._read(path)
+
+    def _read(self, path):
+        return read_text_file(path, self.options.encoding or "utf-8", self.options.errors)
 
 
 def read_text_file(path, encoding, errors):
@@ -144,6 +147,8 @@ def read_text_file(path, encoding, errors):
     form, is_gz = TEXT.search(path.name).groups()
     with open_file(path) as opened, gzip.open(opened) if is_gz else opened as file:
         try:
+            if is_gz and not opened.peek(1):  # no text to Python's gzip
+                raise EOFError("it is empty")
             start, lines = file.peek(CHUNK), io.TextIOWrapper(file, encoding, errors, newline="\n")
             if start.startswith(codecs.BOM_UTF8):  # some editors write it
                 file.read(3)
@@ -165,16 +170,15 @@ def read_text_file(path, encoding, errors):
 
 def json_lines(path, file, errors):
     for number, line in enumerate(iter(partial(file.readline, DOCUMENT), ""), start=1):
-        where = f"{path}, line {number}"
-        if len(line) == DOCUMENT:
-            raise ValueError(f"{where}: a document of more than {DOCUMENT:,} characters")
         if not line.strip():
             continue
         try:  # refuses half a surrogate pair, too
+            if len(line) == DOCUMENT:
+                raise ValueError(f"it has {DOCUMENT:,} characters or more")
             document = json.loads(line)["text"].encode("utf-16", "surrogatepass")
             yield from in_chunks(document.decode("utf-16", errors))
         except Exception as error:  # JSON may be anything
-            raise ValueError(f'{where}: not {{"text": "..."}} ({error})') from None
+            raise ValueError(f'{path}, line {number}: not {{"text": "..."}} ({error})') from None
 
 
 def wrong_byte(error: UnicodeDecodeError, end, encoding, path) -> str:
@@ -185,8 +189,7 @@ def wrong_byte(error: UnicodeDecodeError, end, encoding, path) -> str:
         import charset_normalizer
 
         whole = raw if 0 in raw else raw[: raw.rfind(b"\n") + 1] or raw  # of UTF-16, or lines
-        found = charset_normalizer.from_bytes(whole, cp_isolation=ENCODINGS.split()).best()
-        if found:
+        if found := charset_normalizer.from_bytes(whole, cp_isolation=ENCODINGS.split()).best():
             command = command_for("prepare_data.py", "--input", path, "--encoding", found.encoding)
             remedy = f"it looks like {found.encoding}, which `{command}` reads"
     at = f"byte 0x{raw[error.start]:02X} at offset {end - len(raw) + error.start}"
@@ -208,7 +211,7 @@ class ParquetFiles(Documents):
 
     def texts(self):
         """Of the first file, to learn a vocabulary from."""
-        return self._shares(0, self.fetch(0))
+        return (text for _, text in self._shares(0, self.fetch(0)))
 
     def _shares(self, number, path):
         before, size = self.done, self.files[number]["bytes"]
@@ -251,27 +254,29 @@ def rows(path):
 def from_hub(options, state, folder):
     """Revision and files, the newest but for a state's, and what downloads the file of a number."""
     repository, begin, _ = HUB_DATASETS[options.dataset]
-    revision, files = (state["revision"], state["sources"]) if state else (None, [])
+    prefix, again = begin(options.name), "the same command"
+    if state:
+        revision, files = state["revision"], state["sources"]
+    else:
+        with hub(repository, again) as library:
+            api = library.HfApi()
+            revision = api.dataset_info(repository, timeout=120).sha
+            at = {"repo_type": "dataset", "revision": revision, "recursive": True}
+            files = [
+                {"name": file.path, "bytes": file.size, "sha256": file.lfs and file.lfs.sha256}
+                for file in api.list_repo_tree(repository, prefix.rpartition("/")[0], **at)
+                if file.path.startswith(prefix) and PARQUET.search(file.path)
+            ]
+        if not files:
+            raise ValueError(f"{repository}: no .parquet file in {prefix}, see its page")
+        files.sort(key=lambda file: file["name"])
 
     def fetch(number) -> Path:
-        with hub(repository, "the same command") as library:
+        with hub(repository, again) as library:
             library.utils.disable_progress_bars()  # ours is one for all files
             at = {"repo_type": "dataset", "revision": revision, "local_dir": folder}
             return Path(library.hf_hub_download(repository, files[number]["name"], **at))
 
-    if not files:
-        prefix = begin(options.name)
-        with hub(repository, "the same command") as library:
-            api = library.HfApi()
-            revision = api.dataset_info(repository, timeout=120).sha
-            at = {"repo_type": "dataset", "revision": revision, "recursive": True}
-            for file in api.list_repo_tree(repository, prefix.rpartition("/")[0], **at):
-                if file.path.startswith(prefix) and PARQUET.search(file.path):
-                    digest = file.lfs and file.lfs.sha256
-                    files.append({"name": file.path, "bytes": file.size, "sha256": digest})
-        if not files:
-            raise ValueError(f"{repository}: no .parquet file in {prefix}, see its page")
-        files.sort(key=lambda file: file["name"])
     return revision, files, fetch
 
 

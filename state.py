@@ -1,21 +1,18 @@
 """The state of a training run: built in one place, saved, and resumed."""
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from config import MODEL_FIELDS, STEP_FIELDS, GPT2Config, differences, to_dict
+from config import MODEL_FIELDS, STEP_FIELDS, GPT2Config, differences
 from logger import log_row, rank, world_size
 from model import GPT2
 from optim import make_optimizer
 from parallel import broadcast_from_rank0, compile_model, full_state, load_full_state, shard
 from utils import autocast, set_up_device
-
-MAX_SKIPPED = 20  # steps in a row that float16 may skip while its loss scale settles
 
 
 class NonFiniteError(Exception):
@@ -46,7 +43,6 @@ def build_state(config: GPT2Config, device, saved=None, initial=None) -> TrainSt
     """Model and optimizer on the device, sharded, compiled and replicated as config says; with the
     state of a checkpoint (saved), or with the weights of a trained model (initial).
     """
-    replicated = world_size() > 1 and config.parallel == "ddp"
     sharded = world_size() > 1 and config.parallel == "fsdp"
     set_up_device(device, thrifty=sharded or config.activation_checkpointing)
     torch.manual_seed(config.seed)  # for initial weights
@@ -55,16 +51,13 @@ def build_state(config: GPT2Config, device, saved=None, initial=None) -> TrainSt
         weights, table = dict(initial["model"]), "transformer.wpe.weight"
         if table in weights:  # a shorter block_size needs the first rows alone
             weights[table] = weights[table][: config.block_size]
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"initial: {error}") from None
+        model.load_state_dict(weights)
     if sharded:
         shard(model, device, config.dtype)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    found_inf = FoundInf(device, MAX_SKIPPED if scaler.is_enabled() else 0)
-    state = TrainState(model, model, optimizer, scaler, found_inf)
+    may_skip = 20 if scaler.is_enabled() else 0  # steps in a row, while its scale settles
+    state = TrainState(model, model, optimizer, scaler, FoundInf(device, may_skip))
     if saved is not None:
         load_full_state(model, optimizer, saved["model"], saved["optimizer"])
         scaler.load_state_dict(scaler.state_dict() | saved["scaler"])
@@ -72,7 +65,7 @@ def build_state(config: GPT2Config, device, saved=None, initial=None) -> TrainSt
         state.best_val_loss = saved["best_val_loss"]
     if config.compile:
         state.forward = compile_model(model)
-    if replicated:
+    if world_size() > 1 and config.parallel == "ddp":
         state.forward = DistributedDataParallel(state.forward, gradient_as_bucket_view=True)
         # DDP rebuilds its buckets after the first backward, which changes summation order: do one
         # here, so that a resumed run sums in the same order
@@ -105,9 +98,8 @@ class FoundInf:
     def raise_if_stuck(self, step: int):
         """NonFiniteError if more than may_skip steps in a row were skipped, up to number `step`."""
         if (over := int(self.skipped) - self.may_skip) > 0:
-            where = f"step {step - over + 1}, which was not taken; the last checkpoint stays"
             remedy = "try a smaller --learning_rate, a longer --warmup_iters or --dtype float32"
-            raise NonFiniteError(f"loss or gradient is not finite in {where}; {remedy}")
+            raise NonFiniteError(f"loss or gradient not finite in step {step - over + 1}; {remedy}")
 
 
 def save_state(state: TrainState, config: GPT2Config, dataset, names):
@@ -124,7 +116,7 @@ def save_state(state: TrainState, config: GPT2Config, dataset, names):
         "optimizer": optimizer_state,
         "scaler": state.scaler.state_dict(),
         "rng": {"torch": torch.get_rng_state()},  # unused: every micro-batch reseeds
-        "config": to_dict(config),
+        "config": asdict(config),
         "tokenizer": dataset.tokenizer.to_dict(),
         "data_hash": dataset.hash,
         "run": state.run,
@@ -133,7 +125,7 @@ def save_state(state: TrainState, config: GPT2Config, dataset, names):
     for name in names:
         checkpoint.save(folder / name.format(state.step), contents)
     numbered = folder.glob(checkpoint.NUMBERED.format("*"))
-    by_step = sorted(numbered, key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
+    by_step = sorted(numbered, key=lambda path: (len(path.name), path.name))
     for path in by_step[: -config.keep_checkpoints or None]:
         path.unlink(missing_ok=True)
 
@@ -194,5 +186,5 @@ def check_vocabulary(initial, dataset):
     size, tokenizer = checkpoint.model_config(initial).vocab_size, initial["tokenizer"]
     if size != dataset.vocab_size or tokenizer not in ({}, dataset.tokenizer.to_dict()):
         model = f"its model knows {size:,} tokens ({tokenizer.get('kind', 'unknown')})"
-        other = f"{dataset.data_dir} has another vocabulary of {dataset.vocab_size:,}"
-        raise ValueError(f"--init_from: {model}, {other}; --data FILE prepares a text with its own")
+        remedy = f"{dataset.data_dir} has others; --data FILE prepares a text with its own"
+        raise ValueError(f"--init_from: {model}, {remedy}")

@@ -18,10 +18,10 @@ from typing import Annotated, Literal, NotRequired
 
 import numpy as np
 import tiktoken
-from pydantic import Field, NonNegativeInt
+from pydantic import AfterValidator, Field, NonNegativeInt
 from typing_extensions import TypedDict
 
-from files import atomic_write, check_json, in_thread, read_bytes
+from files import check_json, in_thread, read_bytes, write_file
 
 TOKENIZER_FORMAT = 1  # of the JSON; incremented when an older reader would misread a newer file
 END_OF_TEXT = "<|endoftext|>"
@@ -73,8 +73,7 @@ class Tokenizer:
         return len(text) - text.endswith("\r")
 
     def save(self, path):
-        with atomic_write(path) as file:
-            file.write(self.to_json())
+        write_file(path, self.to_json())
 
     def hash(self) -> str:
         return hashlib.sha256(self.to_json()).hexdigest()
@@ -122,15 +121,13 @@ class CharTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level BPE: 256 bytes, then the merges in the order they were learned, then end of text.
 
-    `tokens`, a list or with spaces between, are spelt in SYMBOLS; `special`: text -> id of tokens
-    that no text is encoded to, `eot` the one of them that ends a document.
+    `tokens` are spelt in SYMBOLS; `special`: text -> id of tokens that no text is encoded to,
+    `eot` the one of them that ends a document.
     """
 
     kind = "bpe"
 
-    def __init__(self, tokens: list[str] | str, special: dict | None = None, eot=END_OF_TEXT):
-        if isinstance(tokens, str):
-            tokens = tokens.split(" ", MOST_TOKENS)  # more leave a rest with spaces, no symbols
+    def __init__(self, tokens: list[str], special: dict | None = None, eot=END_OF_TEXT):
         self.special = {END_OF_TEXT: len(tokens)} if special is None else special
         self.tokens, self.eot, self.eot_id = tokens, eot, self.special.get(eot)
         self.vocab_size = len(tokens) + len(self.special)
@@ -145,9 +142,8 @@ class BPETokenizer(Tokenizer):
         ranks = {bytes([BYTE_OF[symbol] for symbol in t]): i for t, i in self.id_of.items()}
         self._bytes = {i: raw for raw, i in ranks.items()}
         self._bytes |= {i: text.encode() for text, i in self.special.items()}
-        cut = {CUT: self.vocab_size}
         self._encoding = tiktoken.Encoding(
-            self.kind, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=cut
+            self.kind, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={CUT: self.vocab_size}
         )
 
     @classmethod
@@ -211,7 +207,7 @@ class GPT2Tokenizer(BPETokenizer):
 
     kind = "gpt2"
 
-    def __init__(self, tokens: list[str] | str | None = None, special=None, eot=END_OF_TEXT):
+    def __init__(self, tokens: list[str] | None = None, special=None, eot=END_OF_TEXT):
         if tokens is None:
             try:  # tiktoken downloads them once, and would wait forever
                 found = in_thread(tiktoken.get_encoding, "gpt2").result(DOWNLOAD_SECONDS)
@@ -224,6 +220,8 @@ class GPT2Tokenizer(BPETokenizer):
 
 
 Special = dict[Annotated[str, Field(max_length=1000)], NonNegativeInt]
+# more than MOST_TOKENS leave a rest with spaces, which are no symbols
+Tokens = Annotated[str, AfterValidator(lambda text: text.split(" ", MOST_TOKENS))]
 KINDS = {kind.kind: kind for kind in (CharTokenizer, BPETokenizer, GPT2Tokenizer)}
 
 
@@ -233,21 +231,26 @@ class Fields(TypedDict):
     format: Literal[TOKENIZER_FORMAT]
     kind: Literal[*KINDS]
     characters: NotRequired[list[Annotated[str, Field(min_length=1, max_length=1)]]]
-    tokens: NotRequired[str]
+    tokens: NotRequired[Tokens]  # with spaces between
     special: NotRequired[Annotated[Special, Field(max_length=MOST_SPECIAL)]]
     eot: NotRequired[str | None]
 
 
-def load_tokenizer(source) -> Tokenizer:
-    """A tokenizer from the path of its file or from its dict; ValueError naming the file."""
+def load_tokenizer(source, vocab_size: int | None = None) -> Tokenizer:
+    """A tokenizer, of vocab_size tokens if given, from its file's path or its dict; ValueError."""
     content = source if isinstance(source, dict) else read_bytes(source, MOST_BYTES)
     try:
         fields = check_json(content, Fields)
         del fields["format"]
-        return KINDS[fields.pop("kind")](**fields)
+        if not fields.keys() & {"characters", "tokens"}:  # gpt2's would be downloaded
+            raise ValueError("it has no tokens")
+        made = KINDS[fields.pop("kind")](**fields)
+        if vocab_size not in (None, made.vocab_size):
+            raise ValueError(f"it has {made.vocab_size:,} tokens, not {vocab_size:,}")
+        return made
     except (TypeError, ValueError) as error:
-        name = "tokenizer" if content is source else source
-        raise ValueError(f"{name} is not a tokenizer: {error}") from None
+        name = "its tokenizer" if content is source else source
+        raise ValueError(f"{name} cannot be used: {error}") from None
 
 
 class StreamDecoder:

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +38,7 @@ import utils
 from config import GPT2_CONFIGS, MODEL_FIELDS, GPT2Config
 from data import BatchSampler, TokenDataset, validation_starts, windows_at
 from files import lock, read_json
-from logger import command_for, from_here, log_row, perplexity, rank, run, world_size
+from logger import from_here, log_row, perplexity, rank, run, world_size
 from optim import full_tensor, learning_rate
 from options import FolderName, integer, named, parse, problems, validate
 from parallel import StopSignals, all_reduce_sum, broadcast_from_rank0, gradient_sync, process_group
@@ -79,19 +79,20 @@ def train(
     with contextlib.ExitStack() as stack:
         may_differ = config.compile or device.type == "cuda"  # eager CPU kernels do not
         stack.enter_context(deterministic(config.deterministic and may_differ))
-        alike = settings.to_dict(replace(config, device=None)) | {"data set": dataset.hash}
+        alike = asdict(replace(config, device=None)) | {"data set": dataset.hash}
         group = stack.enter_context(process_group(device, config.peer_timeout, alike))
         if not eval_only:
             signals = stack.enter_context(StopSignals(group))
             broadcast_from_rank0(lambda: stack.enter_context(lock(config.checkpoint_dir)))
-        is_new = fresh or (eval_only and initial is not None)
-        saved = None if is_new else find_checkpoint(to_save, dataset, resume, rename=not eval_only)
+        saved = None
+        if not (fresh or (eval_only and initial)):
+            saved = find_checkpoint(to_save, dataset, resume, rename=not eval_only)
 
         # a batch is a function of (seed, step, micro-step): no loader's state to restore
         B, T = config.batch_size, config.block_size
         micro_batches = config.gradient_accumulation_steps
-        others = {"rank": rank(), "world_size": world_size(), "vocab_size": config.vocab_size}
-        sampler = BatchSampler(dataset.train, T, B, micro_batches, config.seed, **others)
+        others = config.seed, rank(), world_size(), config.vocab_size
+        sampler = BatchSampler(dataset.train, T, B, micro_batches, *others)
         state = build_state(config, device, saved, initial)
         for loaded in filter(None, (saved, initial)):
             loaded.clear()  # frees the tensors
@@ -99,8 +100,8 @@ def train(
         if eval_only:
             val_loss = estimate_loss(state.forward, dataset.val, config, device)
             return {"step": state.step, "val_loss": val_loss}
-        dirs = config.log_dir, config.checkpoint_dir
-        opening = logger.open_run(*dirs, state.run, state.step, run_name)
+        where = config.log_dir, config.checkpoint_dir
+        opening = logger.open_run(*where, state.run, state.step, run_name)
         state.run, records = broadcast_from_rank0(lambda: stack.enter_context(opening))
         if fresh:
             broadcast_from_rank0(lambda: checkpoint.set_aside(config.checkpoint_dir))
@@ -110,7 +111,7 @@ def train(
         finished = state.step >= config.max_iters or out_of_patience(log, config)
         if not finished:
             stack.enter_context(contextlib.closing(log))
-            log.start(settings.to_dict(to_save))
+            log.start(asdict(to_save))
 
         model, optimizer, scaler = state.model, state.optimizer, state.scaler
         micro_steps, tokens = micro_batches // world_size(), B * T * micro_batches
@@ -152,12 +153,11 @@ def train(
             evaluate = finished or state.step % config.eval_interval == 0
             due, sample = [], None
             if evaluate or state.step % config.log_interval == 0:
-                state.found_inf.raise_if_stuck(state.step)
-                record = {"step": state.step, "loss": loss.item(), "lr": lr}
-                record["grad_norm"] = grad_norm.item()  # syncs: read before the clock
+                state.found_inf.raise_if_stuck(state.step)  # waits for the device
                 speed = (state.step - since_step) * tokens / (time.perf_counter() - since)
                 mfu = peak and speed * model.flops_per_token() / (world_size() * peak)
-                record |= {"tokens_per_second": speed, "mfu": mfu}  # of the devices' peak FLOP/s
+                record = {"step": state.step, "loss": loss.item(), "lr": lr}
+                record |= {"grad_norm": grad_norm.item(), "tokens_per_second": speed, "mfu": mfu}
                 if evaluate:
                     val_loss = estimate_loss(state.forward, dataset.val, config, device)
                     record["val_loss"] = val_loss
@@ -177,10 +177,10 @@ def train(
                 due.append(checkpoint.NUMBERED)
             if finished:
                 due.append(checkpoint.FINAL)
-            if due or evaluate or signum is not None:
+            if due or evaluate or signum:
                 save_state(state, to_save, dataset, [*due, checkpoint.LATEST])
                 since, since_step = time.perf_counter(), state.step
-            if signum is not None and not finished:
+            if signum and not finished:
                 where = f"{state.step} of {config.max_iters}, saved in {config.checkpoint_dir}"
                 raise Interrupted(signum, where)
     return report(state, config, log)
@@ -226,10 +226,9 @@ def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device]
     validate(config)
     logger.check_place()
     micro_batches, processes = config.gradient_accumulation_steps, world_size()
-    if micro_batches % processes:
-        wrong = f"--gradient_accumulation_steps {micro_batches}: not divisible by {processes}"
-        more = math.ceil(micro_batches / processes) * processes
-        raise ValueError(f"{wrong} processes; take {more}")
+    if missing := -micro_batches % processes:
+        remedy = f"not divisible by {processes} processes; take {micro_batches + missing}"
+        raise ValueError(f"--gradient_accumulation_steps {micro_batches}: {remedy}")
     device = pick_device(config.device)
     dataset = TokenDataset(config.data_dir)
     dataset.require(config.block_size)
@@ -253,9 +252,8 @@ def describe_run(state, config, dataset, device):
     splits = f"{len(dataset.train):,} tokens to train on, {len(dataset.val):,} to validate with"
     log_row("data", f"{config.data_dir} ({kind})\n{splits}")
     sequences = config.batch_size * config.gradient_accumulation_steps
-    tokens = sequences * config.block_size
-    step = f"{sequences:,} x {config.block_size:,} = {tokens:,} tokens"
-    epochs = config.max_iters * tokens / len(dataset.train)
+    step = f"{sequences:,} x {config.block_size:,} = {sequences * config.block_size:,} tokens"
+    epochs = config.max_iters * sequences * config.block_size / len(dataset.train)
     log_row("training", f"{config.max_iters:,} steps of {step} ({epochs:.1f} epochs)")
     rates = f"{config.learning_rate:g} to {config.min_lr:g} ({config.lr_schedule})"
     log_row("optimizer", f"{config.optimizer}, learning rate {rates}")
@@ -267,22 +265,19 @@ def report(state, config, log) -> dict:
     if state.step > log.first_step:
         log_row("done", f"{state.step:,} steps in {logger.human_time(last['seconds'])}", "green")
     else:
-        where = f"this run is over, at step {state.step:,} of {config.max_iters:,}"
-        log_row("finished", where, "green")
         more = f"--max_iters {max(100, 2 * state.step)}"
         longer = more if state.step >= config.max_iters else "--patience none"
-        log_row("", f"{longer} trains it for longer, --fresh starts a new one")
+        where = f"this run is over, at step {state.step:,} of {config.max_iters:,}"
+        log_row("finished", f"{where}\n{longer} trains it for longer, --fresh starts anew", "green")
     if (loss := state.best_val_loss) is not None:
         log_row("best", f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
     path = checkpoint.best_in(config.checkpoint_dir)
     log_row("checkpoint", str(path))
     log_row("curves", str(log.folder))
     is_default = path == checkpoint.best_in(GPT2Config().checkpoint_dir)
-    which = [] if is_default else ["--checkpoint", path]
+    checkpoint.log_next_generate(None if is_default else path)
     tensorboard = from_here(Path(sys.executable).with_name("tensorboard"))
-    curves = logger.quoted(tensorboard, "--logdir", Path(config.log_dir))
-    generate = command_for("generate.py", *which, "--interactive")
-    log_row("next", f"{generate}\n{curves}", fold=False)
+    log_row("", logger.quoted(tensorboard, "--logdir", Path(config.log_dir)), fold=False)
     return last
 
 
@@ -312,6 +307,9 @@ class TrainOptions:
             yield "--fresh: not with --resume"
         if self.tokenizer and not self.data:
             yield "--tokenizer: only with --data FILE; a prepared data set has its own"
+        if self.data and world_size() > 1:
+            first = f"first `python prepare_data.py --input {self.data}`, then --data_dir"
+            yield f"--data {self.data}: not under torchrun; {first}"
 
 
 def main(argv=None) -> int:
@@ -324,16 +322,17 @@ def main(argv=None) -> int:
         config.data_dir = prepare_text(options, own_dir, initial)
     dataset = TokenDataset(config.data_dir)
     if "vocab_size" in chosen and config.vocab_size != dataset.vocab_size:
-        given = f"--vocab_size {config.vocab_size}: {config.data_dir} has {dataset.vocab_size:,}"
-        raise ValueError(f"{given}; leave it out, the model pads by itself what is faster padded")
+        size = f"the data set has {dataset.vocab_size:,}, which the model itself pads"
+        raise ValueError(f"--vocab_size {config.vocab_size}: {size}; leave it out")
     config = with_preset(config, chosen, dataset, initial)
     if options.prompt is not None:  # fail now, not at the end of the run
         dataset.tokenizer.encode(options.prompt)
     halve = f"halve --batch_size (now {config.batch_size}) and double"
     steps = f"--gradient_accumulation_steps (now {config.gradient_accumulation_steps})"
     with utils.out_of_memory(f"{halve} {steps}, or make the model smaller"):
-        how = options.resume, options.fresh, initial, options.eval_only, options.run_name
-        last = train(config, *how)
+        last = train(
+            config, options.resume, options.fresh, initial, options.eval_only, options.run_name
+        )
     if rank() > 0:
         return 0
     if options.eval_only:
@@ -341,9 +340,8 @@ def main(argv=None) -> int:
         print(f"step {last['step']}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
     elif options.prompt is not None:
         path = checkpoint.best_in(config.checkpoint_dir)
-        model, tokenizer = checkpoint.load_model(path, config.device)
-        how = {"max_new_tokens": options.max_new_tokens, "seed": config.seed}
-        print(sample_text(model, tokenizer, options.prompt, **how))
+        loaded = checkpoint.load_model(path, config.device)
+        print(sample_text(*loaded, options.prompt, options.max_new_tokens, seed=config.seed))
     return 0
 
 
@@ -357,12 +355,11 @@ def parse_command_line(argv) -> tuple[TrainOptions, GPT2Config, set[str]]:
     chosen = settings.edited_fields() | (given & names)
     if options.config is not None:
         values = read_json(options.config)
-        unknown = [f"unknown setting {name}" for name in sorted(values.keys() - names)]
-        found += [f"--config {options.config}: {problem}" for problem in unknown]
+        found += [f"--config {options.config}: no setting {n}" for n in values if n not in names]
         config = replace(config, **{n: v for n, v in values.items() if n in names - given})
         chosen |= (values.keys() & names) - {"vocab_size"}  # a run writes that of its data set
-    is_final = config.preset == "none"  # else a preset may still change what is not chosen
-    found += [p for p in problems(config) if is_final or named(p) <= chosen]
+    # but with preset none, a preset may still change what is not chosen
+    found += [p for p in problems(config) if config.preset == "none" or named(p) <= chosen]
     validate(options, found)
     return options, config, chosen
 
@@ -371,9 +368,6 @@ def prepare_text(options, data_dir, initial) -> str:
     """Prepare --data in data_dir, or in a folder named after it; return the folder. The tokenizer
     is --tokenizer, else that of the initial model, else gpt2's.
     """
-    if world_size() > 1:
-        first = f"first `python prepare_data.py --input {options.data}`, then --data_dir"
-        raise ValueError(f"--data {options.data}: not under torchrun; {first}")
     kind = tokenizer = options.tokenizer or "gpt2"
     with tempfile.TemporaryDirectory() as aside:
         if initial is not None and initial["tokenizer"] and options.tokenizer is None:
@@ -395,12 +389,11 @@ def with_preset(config, chosen, dataset, initial=None) -> GPT2Config:
     keep = chosen if initial is None else chosen | set(MODEL_FIELDS)
     values = GPT2_CONFIGS.get(config.preset, {})  # none is {}
     if config.preset == "auto":
+        keep = chosen  # auto fits an initial model's block_size to the text, and no more of it
         device_type = pick_device(config.device).type
         sizes = len(dataset.train), len(dataset.val), dataset.vocab_size
-        trained = None if initial is None else config.block_size
+        trained = initial and config.block_size
         name, values = settings.auto_preset(device_type, *sizes, world_size(), trained)
-        if "block_size" not in chosen:
-            keep = keep - {"block_size"}  # auto fits it to the text
         log_row("preset", f"{name}, for {device_type} and {sizes[0]:,} tokens (--preset overrides)")
     return settings.apply_preset(config, values, keep)
 

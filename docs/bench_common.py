@@ -14,14 +14,14 @@ import threading
 import time
 import timeit
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-from config import GPT2_CONFIGS, GPT2Config, apply_preset, edited_fields, to_dict
-from files import atomic_write
+from config import GPT2_CONFIGS, GPT2Config, apply_preset, edited_fields
+from files import write_file
 from logger import log
 from options import integer, parse, validate
 from utils import peak_mb, pick_device, pick_dtype
@@ -200,11 +200,10 @@ def on_device(config) -> GPT2Config:
 
 def publish(text, work, options, config, report):
     """Print text(report), and all of it as a line of JSON, which --save writes too."""
-    report = {"work": work, "options": vars(options) | {"config": to_dict(config)}} | report
+    report = {"work": work, "options": vars(options) | {"config": asdict(config)}} | report
     line = json.dumps(report) + "\n"
     if options.save is not None:
-        with atomic_write(options.save, "w") as file:
-            file.write(line)
+        write_file(options.save, line)
     print(text(report), line, sep="\n", end="")
 
 

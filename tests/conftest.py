@@ -100,6 +100,8 @@ def server(name, body, status=200, length=None):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
+            if status is None:
+                return  # and hang up
             self.send_response(status)
             self.send_header("Content-Length", str(length or len(body)))
             self.end_headers()

@@ -98,7 +98,7 @@ def damage(path, kind="one bit"):
 def test_damage_is_found_and_the_one_before_is_used(two, kind, capfd):
     damage(two, kind)
     bad = two.read_bytes()
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: not usable"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: not usable, cut short, damaged"):
         load(two)
     used, state = latest(two.parent)
     assert used.name == "previous_checkpoint.pt" and state["step"] == 1
@@ -140,7 +140,10 @@ def deflated(state, path, canary):
 WTE, HEAD, NORM = "transformer.wte.weight", "lm_head.weight", "transformer.ln_f.weight"
 CODE, PLAIN = "might run code", "model.transformer.wte.weight: not a plain tensor"
 HOSTILE = {  # what it is -> how a state is changed or a file is made, and the reason given
-    "a pickle": (lambda _, path, canary: path.write_bytes(pickle.dumps(Canary(canary))), "not a z"),
+    "a pickle": (
+        lambda _, path, canary: path.write_bytes(pickle.dumps(Canary(canary))),
+        "no check",
+    ),
     "a pickle inside torch's zip": (lambda s, _, canary: s.update(extra=Canary(canary)), CODE),
     "a deflated zip": (deflated, "compressed"),
     "a sparse tensor": (weight(WTE, lambda w: w.to_sparse()), CODE),

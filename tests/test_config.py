@@ -1,7 +1,7 @@
 """Presets and limits: what the user sets wins, and every problem is named at once."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -43,6 +43,7 @@ def test_every_problem_is_named_at_once():
         {"dtype": torch.float16, "parallel": "fsdp"},
         {"dtype": torch.int8},
         {"preset": "gpt3"},
+        {"n_layer": True},
         {"position": "rope", "n_embd": 12 * 63},
         *({name: [1]} for name in ("n_layer", "learning_rate", "bias", "data_dir", "grad_clip")),
     ],
@@ -87,15 +88,14 @@ def test_derived_values_follow_what_they_depend_on():
 
 
 def test_a_written_config_is_a_valid_config_file(tmp_path):
-    config = GPT2Config(n_layer=3, dtype=torch.float16, grad_clip=None, learning_rate=1)
-    (tmp_path / "config.json").write_text(json.dumps(settings.to_dict(config)))
-    read = GPT2Config(**read_json(tmp_path / "config.json"))
-    validate(read)
-    assert read == replace(config, dtype="float16") and type(read.learning_rate) is float
+    config = validate(GPT2Config(n_layer=3, dtype=torch.float16, grad_clip=None, learning_rate=1))
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    read = validate(GPT2Config(**read_json(tmp_path / "config.json")))
+    assert read == config and read.dtype == "float16" and type(read.learning_rate) is float
 
 
 def test_a_checkpoint_without_a_newer_field_counts_as_having_what_ships():
-    old = settings.to_dict(GPT2Config())
+    old = asdict(GPT2Config())
     del old["gelu"]
     assert differences(old, GPT2Config()) == []
     assert differences(old, GPT2Config(gelu="exact")) == ["gelu: checkpoint tanh, config exact"]

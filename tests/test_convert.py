@@ -60,16 +60,14 @@ def test_a_nanogpt_checkpoint_without_a_tokenizer_or_with_a_wrong_one(tmp_path, 
     nanogpt(tmp_path)
     CharTokenizer.train("abc").save(tmp_path / "tokenizer.json")
     assert from_nanogpt(tmp_path, "--tokenizer", tmp_path / "tokenizer.json") == 3
-    assert "it has 3 tokens, the model 30" in capsys.readouterr().err
+    assert "its tokenizer cannot be used: it has 3 tokens, not 30" in capsys.readouterr().err
     assert from_nanogpt(tmp_path, "--gelu", "tanh") == 0
     assert "no tokenizer (30 tokens)" in capsys.readouterr().err
     assert load_double(tmp_path / "out.pt").config.gelu == "tanh"
 
 
 HOSTILE = {  # what is said: what is changed
-    "lm_head.weight differs": {"model": {"lm_head.weight": torch.zeros(30, 24)}},
     "model.lm_head.weight": {"model": {"lm_head.weight": 3}},
-    "n_layer 1000000000": {"model_args": {"n_layer": 10**9}},
     "n_head None": {"model_args": {"n_head": None}},
     "model: must be a valid dictionary": {"model": 3},
 }
@@ -77,7 +75,6 @@ HOSTILE = {  # what is said: what is changed
 
 @pytest.mark.parametrize("said", HOSTILE)
 def test_a_hostile_nanogpt_file_is_refused_by_name(tmp_path, capsys, said):
-    """test_hostile.py has pickles and damage."""
     nanogpt(tmp_path)
     found, [(key, value)] = torch.load(tmp_path / "ckpt.pt"), HOSTILE[said].items()
     found[key] = found[key] | value if isinstance(value, dict) else value
@@ -146,7 +143,6 @@ def test_a_gguf_has_the_tokenizer_in_its_order(tmp_path, gpt2_vocabulary):
 NO_END = BPETokenizer(SYMBOLS, {"<s>": 0}, None)
 REFUSED = [  # what is said, tokenizer, settings, command and flags
     ("llama.cpp needs a bpe or gpt2 tok", CharTokenizer.train("ab"), {}, "to_gguf"),
-    ("llama.cpp needs a bpe or gpt2 tok", None, {}, "to_gguf"),
     ("with an end of text", NO_END, {}, "to_gguf"),
     ("take --type f16", BPETokenizer(SYMBOLS), {"n_embd": 24}, "to_gguf --type q8_0"),
     ("--gelu: for from_nanogpt only", BPETokenizer(SYMBOLS), {}, "to_gguf --gelu tanh"),
@@ -193,7 +189,7 @@ def test_the_card_says_what_the_model_was_trained_on(tmp_path):
 def test_a_path_that_exists_wins_over_a_name_on_the_hub(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     theirs(vocab_size=77).save_pretrained("gpt2")
-    assert load_model("gpt2", "cpu", need_tokenizer=False)[0].config.vocab_size == 77
+    assert load_double("gpt2").config.vocab_size == 77
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setattr(checkpoint, "download_model", lambda repo: pytest.fail("no path was meant"))
     for name in ("checkpoints/none", "org/none.pt", "./org/none", "none"):

@@ -61,9 +61,8 @@ def refused(capsys, *flags):
     """The one line that is said with exit code 2."""
     assert cli(*flags) == 2
     out, err = capsys.readouterr()
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert out == ""
-    return line
+    assert out == "" and err.count("error: ") == 1
+    return err
 
 
 def numbers(line):
@@ -105,8 +104,7 @@ def test_half_precision_evaluates_as_training_does(trained, capsys):
 def test_perplexity_is_a_plain_loop(trained, tmp_path, capsys, length, block_size, stride):
     text = TEXT[:length]
     (tmp_path / "text.txt").write_text(text, "utf-8-sig")  # a byte order mark is not text
-    given = {"--block_size": block_size, "--stride": stride}
-    flags = [f"{flag}={value}" for flag, value in given.items() if value]
+    flags = [f"--block_size={block_size}", f"--stride={stride}"]
     assert cli("--task", "perplexity", "--file", "text.txt", "--json", *flags) == 0
     block_size, stride, words = block_size or T, stride or T // 2, len(text.split())
     ids, nats = CharTokenizer.train(TEXT).encode(text), []
@@ -214,12 +212,10 @@ def test_contexts_that_are_too_long_are_cropped_and_counted(taught, capsys):
 
 EXAMPLE = {"ctx": "to", "endings": ["be", "not", "or not", "that is"], "label": 1}
 GOOD = json.dumps(EXAMPLE) + "\n"
-
-
 BAD = [
     ("--data_dir nowhere", "", "nowhere"),
     ("--task lambada hellaswag --file x", "", "--file: name the one task"),
-    ("--task lambada --file none.jsonl", "", "none.jsonl: "),
+    ("--task lambada --file none.jsonl", "", "--file none.jsonl: no such file"),
     ("--task perplexity", "", "name a text with --file"),
     ("--block_size 16", "", "16 tokens are more than block_size 8"),
     ("--task perplexity --file x", " \n", "x: no text"),
@@ -229,7 +225,6 @@ BAD = [
     ("--task lambada --file x --block_size 4", "", "--block_size: not for"),
     ("--task hellaswag --file x", "\n", "no examples"),
     ("--task hellaswag --file x", f"{GOOD}\n[", "line 3: Invalid JSON"),
-    ("--task hellaswag --file x", GOOD.replace('"not"', "2"), "line 1: endings.1: "),
     ("--task hellaswag --file x", GOOD.replace("1}", "4}"), "line 1: label: must be 0"),
     ("--task lambada --file x", '{"text": "a b"}\n{"text": " be "}', "line 2: text: must"),
 ]
@@ -284,7 +279,7 @@ def test_examples_are_downloaded_whole_and_once(tmp_path, monkeypatch, capsys):
     for sent in (content[: len(content) // 2], content):
         with server("data/hellaswag_val.jsonl", sent, length=len(content)) as (address, asked):
             example = address, hashlib.sha256(content).hexdigest()
-            monkeypatch.setitem(evaluate.EXAMPLES, "hellaswag", example)
+            monkeypatch.setitem(evaluate.EXAMPLES, evaluate.HellaSwag, example)
             codes = [cli("--task", "hellaswag", "--json") for _ in range(2)]
         if sent != content:
             assert codes == [2, 2] and not folder.exists()

@@ -6,7 +6,7 @@ import signal
 from unittest.mock import Mock
 
 import pytest
-from conftest import in_child
+from conftest import in_child, server
 from typing_extensions import TypedDict
 
 import files
@@ -29,8 +29,7 @@ def test_a_write_replaces_the_file_and_keeps_the_old_one_where_asked(tmp_path):
             file.write(content)
     assert path.read_bytes() == b"two\r\n" and names(path.parent) == ["file.pt", "previous.pt"]
     assert path.with_name("previous.pt").read_bytes() == b"one"
-    with atomic_write(path, "w") as file:
-        file.write("é\n\udcff")
+    files.write_file(path, "é\n\udcff")
     assert path.read_bytes() == "é\n\\udcff".encode()
 
 
@@ -134,3 +133,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         files.own_folder(tmp_path / "file")
     with pytest.raises(WriteError, match=r"could not write .*file/folder: Not a directory"):
         files.own_folder(tmp_path / "file" / "folder")
+
+
+def test_a_download_that_breaks_off_is_tried_three_times(tmp_path, only_this_machine):
+    with server("a", b"", status=None) as (address, asked):
+        with pytest.raises(ValueError, match="Remote end closed"):
+            files.download(address, "", tmp_path / "a")
+    assert len(asked) == 3 and not any(tmp_path.iterdir())

@@ -106,7 +106,7 @@ def test_no_link_in_a_folder_is_written_through(
     assert precious.read_text() == "precious" and "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["runs/a", "new/.unfinished"])
+@pytest.mark.parametrize("name", ["runs/a", "new/.unfinished", "new/.unfinished/download/x"])
 def test_a_folder_of_ours_is_no_link(tiny_config, tmp_path, name, capfd):
     precious, path = tmp_path / "precious", tmp_path / name
     precious.mkdir()
@@ -167,7 +167,7 @@ def test_a_vocabulary_unlike_the_tokenizer_s_is_noticed_at_the_start(tiny_config
     path = Path(tiny_config.data_dir, "meta.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 41}))
     assert main(tiny_config, "--preset", "none") == 2
-    assert "40 tokens, meta.json says 41" in errors(capfd)[0]
+    assert "it has 40 tokens, not 41" in errors(capfd)[0]
     assert not Path(tiny_config.checkpoint_dir).exists()
 
 
@@ -375,7 +375,7 @@ def test_a_split_of_one_token_is_refused(config, tmp_path, capfd):
 def test_a_vocabulary_size_that_is_not_the_data_set_s_is_refused(config, capfd):
     assert main(config, "--vocab_size", "50304") == 2
     (line,) = errors(capfd)
-    assert "--vocab_size 50304: " in line and "has 40; leave it out" in line
+    assert "--vocab_size 50304: " in line and "has 40, " in line
 
 
 def test_fresh_says_how_much_is_set_aside_and_how_to_delete_it(config, capfd):

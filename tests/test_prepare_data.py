@@ -104,9 +104,8 @@ def test_tiny_shakespeare_splits_into_1003854_and_111540_tokens(tmp_path, monkey
         (("--tokenizer", "gpt2"), "295f5dde2e07e6f8", "d01432e4d1209ee1"),
     ],
 )
-def test_bytes_are_always_the_same_whatever_the_number_of_workers(
-    flags, train, val, tmp_path, monkeypatch, gpt2_vocabulary
-):
+@pytest.mark.usefixtures("gpt2_vocabulary")
+def test_bytes_are_the_same_for_any_number_of_workers(flags, train, val, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHUNK", 500)
     texts = jsonl(*(nasty_text(seed, 50, "") for seed in range(100)))
     inputs = write(tmp_path / "a.txt", nasty_text(7, 9000, "")), write(tmp_path / "b.jsonl", texts)
@@ -119,7 +118,7 @@ def test_bytes_are_always_the_same_whatever_the_number_of_workers(
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_every_line_end_is_a_newline_and_bytes_count_those_on_disk(
+def test_every_line_end_is_a_newline_and_bytes_are_those_on_disk(
     kind, chunk, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(sources, "CHUNK", chunk)
@@ -142,9 +141,7 @@ def cut(text, tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "gpt2"])
-def test_pieces_are_bounded_and_give_the_tokens_of_the_whole_text(
-    kind, monkeypatch, gpt2_vocabulary
-):
+def test_pieces_are_bounded_and_give_the_tokens_of_the_text(kind, monkeypatch, gpt2_vocabulary):
     tokenizer = GPT2Tokenizer() if kind == "gpt2" else BPETokenizer.train(nasty_text(99, 5000), 500)
     for seed in range(200):
         monkeypatch.setattr(sources, "CHUNK", random.Random(seed).randrange(1, 200))
@@ -187,10 +184,9 @@ def test_what_cannot_be_read_below_a_folder_is_an_error_that_names_it(tmp_path, 
         assert "b.txt: " in capfd.readouterr().err and read_meta(tmp_path / "d") is None
         link.unlink()
 
-    refused = PermissionError(13, "Permission denied", str(link.parent))
-    monkeypatch.setattr(os, "listdir", Mock(side_effect=refused))
+    monkeypatch.setattr(os, "listdir", Mock(side_effect=PermissionError(13, "no", "in/it")))
     assert prepare("--input", link.parent, "--data_dir", tmp_path / "d") == 2
-    assert f"{link.parent}: Permission denied" in capfd.readouterr().err
+    assert "in/it: no" in capfd.readouterr().err
 
 
 def parquet(texts, rows=20, compression="snappy", **columns):
@@ -212,21 +208,19 @@ BAD_TEXT = [  # name, content, flags, what the one line says
     ("a.jsonl", b'{"text": "ok"}\n{"text": oops}\n', [], 'line 2: not {"text": "..."} (Expecting'),
     ("a.jsonl", b"[" * 10**5, [], 'a.jsonl, line 1: not {"text"'),
     ("a.jsonl", b'{"text": "\\ud800"}\n', [], 'a.jsonl, line 1: not {"text"'),
-    ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', [], "a.jsonl: byte 0xFF at offset 25"),
     ("a.txt", b"\xef\xbb\xbfcaf\xe9", [], "a.txt: byte 0xE9 at offset 6"),
     ("a.txt", b"x" * 400_000 + b"\xff", [], "a.txt: byte 0xFF at offset 400000 is not UTF-8"),
     ("a.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-9], [], "a.txt.gz: not a whole gzip file"),
+    ("b.txt.gz", b"", [], "b.txt.gz: not a whole gzip file (it is empty)"),
     ("a.txt", bytes(range(128, 256)) * 9, [], "at offset 0 is not UTF-8; convert it to UTF-8"),
     ("a.txt", " \n\t\u3000".encode(), [], "no text, 4 characters"),
     ("a.txt", b"x", [], "no text for train: --val_fraction 0.1"),
     ("a.txt", b"x", ["--encoding", "base64"], "--encoding base64: 'base64' is not a text"),
-    ("a.txt", b"x", ["--encoding", "undefined"], "--encoding undefined: "),
     ("a.txt", STORY + "中", ["--tokenizer", "b.json"], "a.txt, position 2920: U+4E2D '中'"),
-    ("a.png", b"x", [], "a.png: neither a file nor a folder of .txt"),
+    ("a.png", b"x", [], "a.png: no .txt, .md"),
     ("a.parquet", lambda: whole()[:-100], [], "a.parquet: not a whole parquet file"),
     ("a.parquet", lambda: parquet([1, 2]), [], "it has {'url': 'string', 'text': 'int64'}"),
     ("a.parquet", lambda: parquet(["z" * 70_000_000], compression="zstd"), [], "rows of 70,000,"),
-    ("a.parquet", whole, ["--val_fraction", "1e-9"], "no text for val: --val_fraction 1e-09"),
     ("a.parquet", whole, ["--input", "a.parquet", "b.txt"], "text and parquet in one data set"),
     ("a.parquet", whole, ["--encoding", "big5"], "--encoding and --tokenizer char are for text"),
 ]
@@ -253,12 +247,10 @@ def test_bad_input_is_exit_2_and_the_earlier_data_set_stays(
 
 TAIWAN = "臺灣的天氣很熱，我們去海邊游泳吧。這個學校的學生說中文。\n" * 9
 FRENCH = "Je suis allé au café, mais il y avait trop de monde, ce qui me rend triste.\n" * 9
+LIKELY = [(CHINESE, "gb18030"), (TAIWAN, "big5"), (FRENCH, "utf_16_le"), (FRENCH, "cp1252")]
 
 
-@pytest.mark.parametrize(
-    ("text", "likely"),
-    [(CHINESE, "gb18030"), (TAIWAN, "big5"), (FRENCH, "utf_16_le"), (FRENCH, "cp1252")],
-)
+@pytest.mark.parametrize(("text", "likely"), LIKELY)
 def test_an_encoding_is_named_with_the_command_that_reads_it(text, likely, tmp_path, capsys):
     path = write(tmp_path / "my text.txt", (text * 5).encode(likely))
     flags = ("--input", path, *CHAR, "--data_dir", tmp_path / "d")
@@ -302,10 +294,10 @@ def measured(*flags):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize(
-    "form, message", [("jsonl", "line 1: a document of more"), ("txt", "no te")]
+    "letter, form, message", [("x", "jsonl", "it has 67,"), (" ", "txt", "no t")]
 )
-def test_a_small_gz_of_endless_text_takes_no_memory(form, message, tmp_path):
-    path = write(tmp_path / f"a.{form}.gz", gzip.compress(b" " * (1 << 20), 1) * 80)
+def test_a_small_gz_of_endless_text_takes_no_memory(letter, form, message, tmp_path):
+    path = write(tmp_path / f"a.{form}.gz", gzip.compress(letter.encode() * (1 << 20), 1) * 80)
     flags = ("--input", path, *CHAR, "--data_dir", tmp_path / "d", "--workers", "1")
     code, megabytes, err = measured(*flags)
     assert code == 2 and message in err and megabytes < 300, (megabytes, err[-2000:])
@@ -336,9 +328,7 @@ def test_another_text_setting_or_second_process_is_refused_and_overwrite_replace
         assert prepare(*flags, *other) == 2 and "--overwrite" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_exit_4_and_named_and_the_earlier_data_set_stays(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_full_disk_is_exit_4_and_the_earlier_data_set_stays(tmp_path, monkeypatch, capsys):
     text, data_dir = write(tmp_path / "a.txt", STORY), tmp_path / "d"
     flags = ("--input", text, *BPE, "--data_dir", data_dir, "--overwrite")
     assert prepare(*flags) == 0
@@ -400,14 +390,13 @@ def test_killed_at_any_moment_a_data_set_is_whole_or_absent(tmp_path, form, firs
 @pytest.mark.parametrize(
     ("flags", "messages"),
     [
-        (["--dataset", "custom"], ["--dataset custom needs --input"]),
+        (["--dataset", "custom"], ["--input FILE goes with --dataset custom"]),
         (["--input", ""], ["--input : must have at least 1 character"]),
-        (["--dataset", "shakespeare", "--input", "a.txt"], ["use --dataset custom"]),
+        (["--dataset", "shakespeare", "--input", "a.txt"], ["goes with --dataset custom"]),
         (["--vocab_size", "500"], ["only for bpe"]),
         (["--tokenizer", "bpe", "--vocab_size", "256"], ["--vocab_size 256: must be at least 257"]),
         (["--val_fraction", "0", "--workers", "0"], ["--val_fraction 0: must", "--workers 0"]),
         (["--tokenizer", "none.json"], ["none.json: neither char, bpe, gpt2 nor a file"]),
-        (["--encoding", "big5"], ["--encoding is for the text files of --input"]),
         (["--dataset", "fineweb", "--tokenizer", "char"], ["use gpt2 or bpe"]),
         (["--adopt", "d", "--input", "a.txt"], ["no other flags"]),
         (["--adopt", "nowhere"], ["nowhere/train.bin: No such file"]),
@@ -433,9 +422,8 @@ PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 50
         ({"status": 404, "body": b"no"}, "404"),
     ],
 )
-def test_a_download_is_whole_and_made_once_or_says_why_and_the_bundled_text_is_used(
-    answer, problem, tmp_path, monkeypatch, capsys, only_this_machine
-):
+@pytest.mark.usefixtures("only_this_machine")
+def test_a_download_is_whole_or_not_used(answer, problem, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
     monkeypatch.chdir(tmp_path)
     with server("input.txt", **answer) as (address, asked):
@@ -457,9 +445,7 @@ RESOLVE = f"/resolve/{REVISION}/sample/10BT/"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The hub's answers for one repository. `cut` breaks the connection after so many bytes of an
-    answer, once.
-    """
+    """The hub's answers for one repository; `cut` ends one after so many bytes, once."""
 
     answers, cut, asked = {}, {}, []
 
@@ -484,11 +470,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def described(name, raw):
-    lfs = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 9}
-    return {"type": "file", "path": name, "size": len(raw), "oid": "0", "lfs": lfs}
-
-
 @pytest.fixture
 def serve(monkeypatch, tmp_path, only_this_machine):
     """Lets a hub of these files answer on this machine as long as the test runs."""
@@ -503,8 +484,11 @@ def serve(monkeypatch, tmp_path, only_this_machine):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
         def start(files, cut=None):
-            about = json.dumps({"id": REPOSITORY, "sha": REVISION}).encode()
-            tree = [described(f"sample/10BT/{name}", raw) for name, raw in files.items()]
+            about, tree = json.dumps({"id": REPOSITORY, "sha": REVISION}).encode(), []
+            for name, raw in files.items():
+                lfs = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 9}
+                file = {"path": f"sample/10BT/{name}", "size": len(raw), "oid": "0", "lfs": lfs}
+                tree.append(file | {"type": "file"})
             answers = {RESOLVE + name: raw for name, raw in files.items()}
             answers |= {"": about, f"/tree/{REVISION}/sample/10BT": json.dumps(tree).encode()}
             settings = {"answers": answers, "asked": [], "cut": cut or {}}
@@ -526,9 +510,7 @@ FINEWEB = ("--dataset", "fineweb", *BPE, "--val_fraction", 0.2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_hub_documents_are_split_by_hash_also_when_cut_short_and_killed_half_way(
-    serve, tmp_path, capsys
-):
+def test_hub_documents_are_split_by_hash_also_when_cut_and_killed(serve, tmp_path, capsys):
     (files, texts), name = fineweb(150), "001_00000.parquet"
     serve(files)
     assert prepare(*FINEWEB, "--data_dir", tmp_path / "whole") == 0
@@ -540,9 +522,9 @@ def test_hub_documents_are_split_by_hash_also_when_cut_short_and_killed_half_way
     assert {split: getattr(dataset, split).tolist() for split in expected} == expected
     n_bytes = sum(split["bytes"] for split in dataset.meta["splits"].values())
     assert n_bytes == sum(len(text.encode()) for text in texts) and dataset.vocab_size == 400
-    digest = hashlib.sha256(files[name]).hexdigest()
-    source = {"name": f"sample/10BT/{name}", "bytes": len(files[name]), "sha256": digest}
-    assert dataset.meta["sources"][1] == source and len(dataset.meta["sources"]) == 4
+    source = dataset.meta["sources"][1]
+    assert source["name"] == f"sample/10BT/{name}" and len(dataset.meta["sources"]) == 4
+    assert source["sha256"] == hashlib.sha256(files[name]).hexdigest()
     append = prepare_data.append
 
     def append_and_die(folder, state, *piece):
@@ -596,12 +578,10 @@ def test_a_gigabyte_of_parquet_takes_600_mb(tmp_path, gpt2_vocabulary):
 
 def test_parquet_input_skips_nulls_and_replaces_bad_bytes(tmp_path, capsys):
     pyarrow = pytest.importorskip("pyarrow")
-    strings = pyarrow.array(["one", None, "", "two"])
-    write(tmp_path / "in" / "0.parquet", parquet(strings.cast(pyarrow.large_string()).to_pylist()))
+    write(tmp_path / "in" / "0.parquet", parquet(["one", None, "", "two"]))
     bad = pyarrow.array([b"three", b"caf\xe9"]).view(pyarrow.string())
     write(tmp_path / "in" / "more" / "bad.PARQUET", parquet([None] * 2, text=bad))
-    flags = ("--input", tmp_path / "in", "--tokenizer", "bpe", "--vocab_size", 257)
-    flags = (*flags, "--val_fraction", 0.3, "--data_dir", tmp_path / "d")
+    flags = ("--input", tmp_path / "in", *BPE, "--val_fraction", 0.3, "--data_dir", tmp_path / "d")
     assert prepare(*flags) == 2 and read_meta(tmp_path / "d") is None
     assert "bad.PARQUET, row 1: 'utf-8' codec can't decode" in errors(capsys)[0]
     assert prepare(*flags, "--errors", "replace", "--overwrite") == 0
@@ -610,9 +590,7 @@ def test_parquet_input_skips_nulls_and_replaces_bad_bytes(tmp_path, capsys):
     assert sorted(read_back(tmp_path / "d").split("<|endoftext|>")) == expected
 
 
-def test_hub_problems_are_one_line_each_and_the_same_command_goes_on(
-    serve, tmp_path, monkeypatch, capsys
-):
+def test_hub_problems_are_one_line_each(serve, tmp_path, monkeypatch, capsys):
     flags, files = (*FINEWEB, "--data_dir", tmp_path / "d"), fineweb()[0]
     serve({})
     assert prepare(*flags) == 2
@@ -635,7 +613,7 @@ def test_adopted_tokens_are_a_data_set_and_stay_as_they_are(tmp_path, gpt2_vocab
     encoding, folder = tiktoken.get_encoding("gpt2"), tmp_path / "n"
     texts = {"train": STORY * 9, "val": CHINESE + "<|endoftext|>"}
     for split, text in texts.items():
-        ids = np.array(encoding.encode(text, allowed_special="all"), dtype=np.uint16)
+        ids = np.uint16(encoding.encode(text, allowed_special="all"))
         write(folder / f"{split}.bin", ids.tobytes())
     before = hashes(folder)
     for name, content, message in [

@@ -8,7 +8,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import tiktoken
-import torch
 from test_hostile import within_limits
 
 import tokenizer as module
@@ -59,9 +58,8 @@ def test_text_survives_encoding_and_decoding(tokenizer):
 
 def test_saved_tokenizer_loads_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
-    torch.save({"tokenizer": tokenizer.to_dict()}, tmp_path / "checkpoint.pt")
-    fields = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["tokenizer"]
-    for loaded in (load_tokenizer(tmp_path / "tokenizer.json"), load_tokenizer(fields)):
+    for source in tmp_path / "tokenizer.json", tokenizer.to_dict():
+        loaded = load_tokenizer(source)
         assert type(loaded) is type(tokenizer) and loaded.hash() == tokenizer.hash()
         assert loaded.encode(ALL) == tokenizer.encode(ALL)
         assert (loaded.vocab_size, loaded.eot_id) == (tokenizer.vocab_size, tokenizer.eot_id)
@@ -142,22 +140,18 @@ def test_safe_cut_changes_no_token_and_finds_the_last_place(tokenizer):
 CHAR = {"format": 1, "kind": "char", "characters": ["a", "b"]}
 BPE = BPETokenizer.train("low low", 258).to_dict()
 DAMAGED = {
-    "not JSON": b'{"format": 1, "kin',
-    "too deep": b"[" * 100_000,
     "unknown kind": CHAR | {"kind": "word"},
     "another format": CHAR | {"format": 2},
     "no characters": {"format": 1, "kind": "char"},
+    "no tokens": {"format": 1, "kind": "gpt2"},
     "two in one": CHAR | {"characters": ["ab"]},
     "twice": CHAR | {"characters": ["a", "b", "a"]},
     "empty token": BPE | {"tokens": BPE["tokens"] + "  lo"},
     "strange symbol": BPE | {"tokens": BPE["tokens"] + " 中"},
     "a byte missing": BPE | {"tokens": BPE["tokens"].removeprefix("! ")},
     "an id twice": BPE | {"special": {"<a>": 257, "<b>": 257}},
-    "special negative": BPE | {"special": {"<eot>": -1}},
     "special beyond": BPE | {"special": {"<eot>": 9999}},
-    "a token of 131,072 symbols": BPE | {"tokens": BPE["tokens"] + " " + "a" * 131_072},
     "a million tokens": BPE | {"tokens": BPE["tokens"] + " a" * 2**20},
-    "a special token of 10 MB": BPE | {"special": {"x" * 10**7: 257}},
     "20,000 special tokens": BPE | {"special": {f"<{i}>": 257 + i for i in range(20_000)}},
     "two million characters": CHAR | {"characters": ["a", "b"] * 2**20},
     "20 MB": b"[" * 20_000_000,
@@ -170,7 +164,7 @@ def test_damaged_file_is_refused_by_name_within_limits(content, tmp_path):
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
 
     def refused():
-        with pytest.raises(ValueError, match=r"tokenizer\.json( is not a tokenizer)?: .") as caught:
+        with pytest.raises(ValueError, match=r"tokenizer\.json( cannot be used)?: .") as caught:
             load_tokenizer(path)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
@@ -193,7 +187,7 @@ THEIRS = {  # what is said: tokenizer.json, the model's tokens
     "BPETokenizer object": (theirs(module.SYMBOLS, {"<e>": 256}), 257),
     "must be distinct, short": (theirs(LONG, {"<e>": 273}), 274),
     "at most 1000 characters": (theirs(module.SYMBOLS, {"x" * 10**7: 256}), 257),
-    "257 tokens, the model 16,777,216": (theirs(module.SYMBOLS, {"<e>": 256}), 2**24),
+    "tokens, not 16,777,216": (theirs(module.SYMBOLS, {"<e>": 256}), 2**24),
     "its normalizer": (theirs(module.SYMBOLS, {"<e>": 256}, PANIC), 257),
 }
 

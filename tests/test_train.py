@@ -99,7 +99,6 @@ def die():
 
 
 def killed_at(config, step, micro_step=1):
-    """Train, and die by SIGKILL in the middle of update number `step`."""
     during(step, die, micro_step)
     return main(config)
 
@@ -314,7 +313,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(config, monkeypatch, lo
     build, built = training.build_state, []
     monkeypatch.setattr(training, "build_state", lambda *how: built.append(build(*how)) or built[0])
     poisoned_at({6}, monkeypatch.setattr)
-    with pytest.raises(NonFiniteError, match="step 7,") as error:
+    with pytest.raises(NonFiniteError, match="step 7;") as error:
         train(replace(config, eval_interval=3, log_interval=log_interval))
     before = saved(config, "checkpoint.pt")
     assert error.value.exit_code == 5 and before["step"] == 6
@@ -485,9 +484,6 @@ def test_init_from_what_does_not_fit_is_a_line_each(again, finished, tmp_path, c
     assert main(again, "--init_from", trained, *more) == 2
     for line, field in zip(errors(capfd), ("block_size", "n_layer", "position"), strict=True):
         assert f"--init_from {trained}: {field}: checkpoint " in line
-    with pytest.raises(ValueError, match="size mismatch"):
-        elsewhere = replace(again, n_embd=32, checkpoint_dir=str(tmp_path / "c"))
-        train(elsewhere, initial=checkpoint.load(trained))
     assert main(again, "--init_from", "nowhere.pt") == 3
     other = replace(again, data_dir=str(prepare("abc " * 500, tmp_path / "abc")))
     assert main(other, "--init_from", trained) == 2
