@@ -263,9 +263,8 @@ class RunLog:
         self.folder, self.records, self.first_step, self.total = folder, records, step, total
         self.metrics = folder / "metrics.jsonl"
         self.events = folder / f"events.out.tfevents.{time.time():.6f}"
-        self.bar = _live(
-            "step {task.completed}/{task.total}", BarColumn(None), "{task.description}"
-        )
+        steps = "step {task.completed}/{task.total}"
+        self.bar = _live(steps, BarColumn(None), "{task.description}")
         self.task = self.bar.add_task("timing the first steps", total=total, completed=step)
 
     def start(self, config: dict):
@@ -335,10 +334,8 @@ class RunLog:
         self.bar.update(self.task, description=", ".join([*left, loss, rate, speed]))
         if self.bar.disable:
             mfu = [f"mfu {record['mfu']:.0%}"] if record["mfu"] else []
-            log(
-                step
-                + ", ".join([loss, rate, f"norm {record['grad_norm']:.2f}", speed, *mfu, *left])
-            )
+            norm = f"norm {record['grad_norm']:.2f}"
+            log(step + ", ".join([loss, rate, norm, speed, *mfu, *left]))
         if "val_loss" in record:
             val_loss = record["val_loss"]
             parts = [f"val loss {val_loss:.4f}", f"perplexity {perplexity(val_loss):.2f}"]

@@ -152,7 +152,7 @@ def application(model, tokenizer, name, hosts):
     from starlette import applications, requests, responses, routing
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    worker, turn = ThreadPoolExecutor(1), asyncio.Lock()
+    worker, turn, spelt = ThreadPoolExecutor(1), asyncio.Lock(), tokenizer.decode_bytes
     with torch.device("meta"):  # the shapes of an int8 model's weights are not among its own
         shapes = {name: list(p.shape) for name, p in type(model)(model.config).named_parameters()}
     facts = {
@@ -161,9 +161,7 @@ def application(model, tokenizer, name, hosts):
         "shapes": shapes,
         "config": asdict(model.config),
         "settings": TypeAdapter(Ask).json_schema(),
-        "bytes": [
-            tokenizer.decode_bytes([i]).decode("latin-1") for i in range(tokenizer.vocab_size)
-        ],
+        "bytes": [spelt([i]).decode("latin-1") for i in range(tokenizer.vocab_size)],
         "eot": tokenizer.eot_id,
     }
 
@@ -183,7 +181,7 @@ def application(model, tokenizer, name, hosts):
         ids = ask.ids or prompt_ids(tokenizer, ask.text)
         if len(ids) > TEXT_TOKENS:
             raise ValueError(f"the text has {len(ids):,} tokens; the page takes {TEXT_TOKENS:,}")
-        tokenizer.decode_bytes(ids)  # raises for an id that is none
+        spelt(ids)  # raises for an id that is none
         if request.url.path == "/write":
             return responses.StreamingResponse(events(ids, ask), media_type="text/event-stream")
         if request.url.path == "/look":
