@@ -241,9 +241,8 @@ def load_state(spec=None) -> tuple[dict, str]:
     """A checkpoint's dict (see State) and its name, for any spec of load_model."""
     folder = GPT2Config().checkpoint_dir
     if spec is None and (spec := best_in(folder)) is None:
-        raise CheckpointError(
-            f"no checkpoint in {folder}: `python train.py` makes one, --checkpoint names another"
-        )
+        hint = "`python train.py` makes one, --checkpoint names another"
+        raise CheckpointError(f"no checkpoint in {folder}: {hint}")
     path, name = Path(spec), str(spec)
     if path.is_file():
         return load(path), name

@@ -140,9 +140,7 @@ def derived(config: GPT2Config) -> GPT2Config:
 
 
 def differences(old: dict, config: GPT2Config, names=MODEL_FIELDS) -> list[str]:
-    """A line for each named field in which a checkpoint's config differs from this one; what an old
-    checkpoint lacks counts as the shipped default.
-    """
+    """A line for each named field in which config differs from a checkpoint's or its defaults."""
     old, new = asdict(GPT2Config()) | GPT2_CONFIGS["gpt2"] | old, vars(config)
     return [f"{n}: checkpoint {old[n]}, config {new[n]}" for n in names if old[n] != new[n]]
 
@@ -163,9 +161,7 @@ def apply_preset(config: GPT2Config, values: dict, keep: set[str]) -> GPT2Config
 def auto_preset(
     device_type, train_tokens, val_tokens, vocab_size, processes=1, trained_block_size=None
 ) -> tuple[str, dict]:
-    """Name and values of the preset for a device and text, fitted to both and to processes;
-    trained_block_size: that of a model to fine-tune.
-    """
+    """Name and values of the preset that fits; trained_block_size: of a model to fine-tune."""
     name = "shakespeare-gpu" if device_type == "cuda" else "shakespeare-cpu"
     if device_type == "cuda" and train_tokens >= 20_000_000:
         name = "gpt2"

@@ -89,9 +89,7 @@ A GPT-2: {facts}.
 
 
 def to_hf(spec, folder, push: str | None = None):
-    """Write a model, its tokenizer and a card as a folder for transformers and whatever reads its
-    format, and upload it to the repository `push`, org/name.
-    """
+    """Write a folder for transformers and others; upload it to the repository `push`, org/name."""
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; choose another name")
@@ -114,9 +112,7 @@ def to_hf(spec, folder, push: str | None = None):
 
 
 def to_gguf(spec, path, kind: str = "f32"):
-    """Write a model and its tokenizer as one file for llama.cpp, which is read back and compared
-    before it gets its name; kind: the type of its matrices.
-    """
+    """Write a file for llama.cpp, and read it back to compare; kind: the type of its matrices."""
     gguf = files.optional("gguf")
     model, tokenizer = checkpoint.build(*checkpoint.load_state(spec))
     config, types = model.config, gguf.GGMLQuantizationType

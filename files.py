@@ -170,9 +170,7 @@ _adapter = functools.cache(TypeAdapter)  # slow to make
 
 @contextlib.contextmanager
 def lock(folder):
-    """Lock folder for the life of this process, and remove what killed writes left in it;
-    ValueError naming the holder if another process has it.
-    """
+    """Lock folder for this process, and tidy it; ValueError naming the holder if it is taken."""
     folder = own_folder(folder, link=True)
     note, held = folder / ".lock_holder", filelock.FileLock(folder / ".lock")  # follows no link
     with writing(folder):

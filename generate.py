@@ -126,9 +126,8 @@ def write_texts(path, texts) -> list[str]:
 # ---------------------------------------------------------------- interactive
 
 HELP = """\
-Every line is continued on its own: nothing of earlier lines is remembered.
-Each takes the next seed (--seed, --seed + 1, ...), so that the same line twice
-gives two texts. A line that ends in \\ goes on in the next one. Ctrl-C ends a text.
+Every line is continued on its own, with the next seed: --seed, --seed + 1 ...
+A line that ends in \\ goes on in the next one. Ctrl-C ends a text.
 /again            continue the last line once more, with the next seed
 /quit             leave, as the end of input (Ctrl-D) does
 /set NAME VALUE   change a setting:"""

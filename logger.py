@@ -83,9 +83,7 @@ def log(text="", label="", style="", console=stderr, fold=True, every_rank=False
 
 
 def log_row(label: str, text: str, style: str = "dim", console=stderr, fold=True):
-    """`label      text`: the form of headers and summaries, and, with fold=False, of commands to
-    paste; on stdout if they are results.
-    """
+    """`label      text`; fold=False: commands to paste. On stdout if they are results."""
     log(text, f"{label:<10} ", style, console, fold)
 
 

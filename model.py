@@ -212,9 +212,6 @@ class GPT2(nn.Module):
         return 6 * n + 12 * config.n_layer * config.n_embd * config.block_size
 
 
-# ---------------------------------------------------------------- the loss
-
-
 def cross_entropy(logits, targets):
     """Mean loss in nats of logits (B, T, V) on targets, int64 (B, T); those of -1 are ignored."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -43,9 +43,7 @@ def validate(options, found=()):
 
 
 def problems(options) -> list[str]:
-    """Coerce the fields in place, from text too; a line for each value that does not fit, and for
-    each conflict between those that do.
-    """
+    """Coerce the fields in place; a line for each value that does not fit and each conflict."""
     cls, values, wrong = type(options), {}, {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
         value = str(v) if isinstance(v := getattr(options, name), bool) else v  # true is not 1

@@ -189,9 +189,7 @@ def full_state(model, optimizer) -> tuple[dict, dict]:
 
 
 def load_full_state(model, optimizer, weights: dict, optimizer_state: dict):
-    """Load what full_state returned, on rank 0; for other ranks, optimizer_state says whether any
-    comes.
-    """
+    """Load rank 0's full_state; other ranks only say whether there is an optimizer_state."""
     from torch.distributed.checkpoint import state_dict as dcp
 
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=world_size() > 1)

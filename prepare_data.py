@@ -156,9 +156,7 @@ def write_json(path, value):
 
 
 def find(path, schema, settings, origins, overwrite=False):
-    """A meta.json or progress.json of this text and these settings, if there is one; ValueError if
-    it is another's, or broken, and not to be overwritten.
-    """
+    """A meta.json or progress.json of this text and these settings; ValueError for another's."""
     try:
         there = files.read_json(path, schema)
         others = [

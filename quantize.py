@@ -86,9 +86,8 @@ def pack_linears(model, rows):
 
 
 def with_best_threads(model, decode):
-    """decode (idx to logits) with all threads or half of them, as was faster in the first 4 of 64
-    steps: beside a busy program threads mostly wait for each other. In bf16 and int8 alone, whose
-    kernels give the same numbers for any number of threads.
+    """decode (idx to logits) with all threads or half of them, as was faster in 4 of 64 steps
+    (beside a busy program); in bf16 and int8, where their number changes no result.
     """
     weight, most = model.transformer.wte.weight, torch.get_num_threads()
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.int8):

@@ -219,9 +219,8 @@ def stream_text(model, tokenizer, prompts, sampling, samples, times):
 
 
 def generate_texts(model, tokenizer, prompts, sampling, batch_size=16, times=None):
-    """Yield the pieces of each text, num_samples for each prompt: the prompt, then what continues
-    it, as it is generated if the text is alone in its batch. times gets a time per token.
-    ValueError with a line for each prompt that cannot be encoded, before any work is done.
+    """Yield the pieces of each text, num_samples for each prompt, at once if alone in its batch;
+    times gets a time per token. ValueError first, with a line for each prompt without ids.
     """
     found, longest, limit = [], 0, context_limit(model.config)
     for place, prompt in enumerate(prompts, 1):

@@ -164,10 +164,8 @@ def find_checkpoint(config: GPT2Config, dataset, insist: bool, rename=True) -> d
 
 
 def load_initial(spec, config, chosen=()) -> tuple[GPT2Config, dict]:
-    """config with the shape of a trained model, and its checkpoint's dict for train(initial=...).
-
-    spec: as checkpoint.load_state takes it. ValueError if a field that the user has chosen differs
-    from the model's; block_size may be shorter.
+    """config with the shape of a trained model, and its checkpoint's dict (spec: see load_state).
+    ValueError if a field that the user has chosen differs; block_size may be shorter.
     """
     state, name = checkpoint.load_state(spec)
     model = checkpoint.model_config(state)

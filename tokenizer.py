@@ -142,9 +142,8 @@ class BPETokenizer(Tokenizer):
         ranks = {bytes([BYTE_OF[symbol] for symbol in t]): i for t, i in self.id_of.items()}
         self._bytes = {i: raw for raw, i in ranks.items()}
         self._bytes |= {i: text.encode() for text, i in self.special.items()}
-        self._encoding = tiktoken.Encoding(
-            self.kind, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={CUT: self.vocab_size}
-        )
+        how = {"mergeable_ranks": ranks, "special_tokens": {CUT: self.vocab_size}}
+        self._encoding = tiktoken.Encoding(self.kind, pat_str=WORDS, **how)
 
     @classmethod
     def train(cls, text, vocab_size: int) -> "BPETokenizer":
@@ -153,9 +152,8 @@ class BPETokenizer(Tokenizer):
 
         learner = Tokenizer(models.BPE())
         # a "word" of a megabyte (a DNA sequence, a page of Chinese) would take hours to merge
-        learner.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.FixedLength(100)]
-        )
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        learner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(100)])
         limits = {"vocab_size": vocab_size - 1, "min_frequency": 2, "initial_alphabet": SYMBOLS}
         trainer = trainers.BpeTrainer(**limits, show_progress=sys.stdout.isatty())
         learner.train_from_iterator([text] if isinstance(text, str) else text, trainer)

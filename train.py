@@ -70,8 +70,8 @@ def train(
 
     resume requires a checkpoint, fresh sets an earlier run's aside; initial is a checkpoint's dict
     whose weights a new run starts from (emptied then); eval_only returns step and val_loss, and
-    changes nothing; run_name names the run's folder in log_dir. All ranks call it alike.
-    ValueError for user errors, CheckpointError, WriteError, NonFiniteError, Interrupted, PeerError.
+    changes nothing; run_name names the run's folder. All ranks call it alike. ValueError for user
+    errors, CheckpointError, WriteError, NonFiniteError, Interrupted, PeerError.
     """
     to_save, config, dataset, device = resolve(config)
     if initial is not None:
@@ -244,8 +244,8 @@ def describe_run(state, config, dataset, device):
     """Log device, model, data and schedule."""
     shared = f", {world_size()} processes ({config.parallel})" if world_size() > 1 else ""
     is_cuda, threads = device.type == "cuda", torch.get_num_threads()
-    kind = torch.cuda.get_device_name(device) if is_cuda else f"{threads} threads"
-    log_row("device", f"{device} ({kind}), {config.dtype}{shared}")
+    hardware = torch.cuda.get_device_name(device) if is_cuda else f"{threads} threads"
+    log_row("device", f"{device} ({hardware}), {config.dtype}{shared}")
     size = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels"
     log_row("model", f"{state.model.num_params():,} parameters: {size}")
     kind = f"{dataset.tokenizer.kind}, a vocabulary of {config.vocab_size:,}"
@@ -330,9 +330,8 @@ def main(argv=None) -> int:
     halve = f"halve --batch_size (now {config.batch_size}) and double"
     steps = f"--gradient_accumulation_steps (now {config.gradient_accumulation_steps})"
     with utils.out_of_memory(f"{halve} {steps}, or make the model smaller"):
-        last = train(
-            config, options.resume, options.fresh, initial, options.eval_only, options.run_name
-        )
+        how = options.resume, options.fresh, initial, options.eval_only, options.run_name
+        last = train(config, *how)
     if rank() > 0:
         return 0
     if options.eval_only:
@@ -358,8 +357,8 @@ def parse_command_line(argv) -> tuple[TrainOptions, GPT2Config, set[str]]:
         found += [f"--config {options.config}: no setting {n}" for n in values if n not in names]
         config = replace(config, **{n: v for n, v in values.items() if n in names - given})
         chosen |= (values.keys() & names) - {"vocab_size"}  # a run writes that of its data set
-    # but with preset none, a preset may still change what is not chosen
-    found += [p for p in problems(config) if config.preset == "none" or named(p) <= chosen]
+    is_final = config.preset == "none"  # else a preset may still change what is not chosen
+    found += [line for line in problems(config) if is_final or named(line) <= chosen]
     validate(options, found)
     return options, config, chosen
 

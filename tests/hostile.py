@@ -1,6 +1,4 @@
-"""Hostile checkpoints: archives and pickles as torch.save never writes them; one for each thing
-that reading checks. CASES: name -> what load says, and a function that writes the file to a path.
-"""
+"""Hostile checkpoints, as torch.save writes none: name -> what load says, what writes the file."""
 
 import os
 import pickle

@@ -1,6 +1,4 @@
-"""The documents: their links lead somewhere, the names and flags in them exist, and the commands of
-README and of the tour do what they are there for.
-"""
+"""Links lead somewhere, names and flags exist, and the commands of README and tour work."""
 
 import contextlib
 import functools
@@ -148,9 +146,7 @@ NOT_RUN = (  # what a command begins with that is not run here: CI's first steps
 
 
 def commands(path):
-    """The words of each command that a page asks to run, in order. A block of Python is one, unless
-    it quotes the code; a ```text block is there to be read.
-    """
+    """The words of each command that a page asks to run, in order; Python, but for quoted code."""
     found = []
     for language, block in BLOCK.findall(path.read_text("utf-8")):
         assert language in ("", "python", "text"), f"{path.name}: ```{language}"
@@ -167,9 +163,7 @@ def commands(path):
 
 
 def in_a_fork(command, folder):
-    """Run a command as Python would, in a fork that has torch already; what a preset trains ends
-    after two steps. Returns the exit code and what was printed.
-    """
+    """Exit code and output of a command in a fork that has torch; presets train two steps."""
     printed, (_, script, *arguments) = folder / "printed.txt", command
 
     def child():
@@ -192,9 +186,7 @@ def in_a_fork(command, folder):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """The folder of a reader on a machine without a GPU: the scripts and every file that the pages
-    speak of; GPT-2s of a few parameters, gpt2 and gpt2-xl, which go before the hub's.
-    """
+    """A reader's folder: the scripts, all files that the pages speak of, and tiny GPT-2s."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name in ("data/shakespeare", "books"):
         (tmp_path / name).mkdir(parents=True)

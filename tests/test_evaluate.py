@@ -152,9 +152,7 @@ def some_words(rng, least, most):
 
 
 def plain_scores(model, tokenizer, context, endings):
-    """(nats, greedy) of each token of each ending, (tokens, 2) each. The context loses its
-    beginning where the longest of the endings would not fit.
-    """
+    """(nats, greedy) of each token of each ending, (tokens, 2) each; contexts are cropped."""
     endings = [tokenizer.encode(f" {ending}") for ending in endings]
     room = model.config.block_size + 1 - max(map(len, endings))
     context = tokenizer.encode(context)[-room:]

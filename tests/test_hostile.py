@@ -1,6 +1,4 @@
-"""What somebody else made, and what a careless user types: one line, in little time and memory, and
-nothing is destroyed. hostile.py makes the checkpoints.
-"""
+"""What somebody else made, and what careless users type: one line, and nothing is destroyed."""
 
 import contextlib
 import json

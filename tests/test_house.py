@@ -30,10 +30,10 @@ def test_the_code_can_be_read_in_an_evening():
     ceilings = {  # a percent above where the code stands: a feature may raise them, less is better
         "lines of a file": (max(map(lines, FILES)), 406),
         "lines of the evening": (lines(*(ROOT / f"{name}.py" for name in EVENING)), 1863),
-        "lines": (lines(*FILES), 5380),
-        "statements": (sum(isinstance(node, ast.stmt) for node in nodes), 3778),
+        "lines": (lines(*FILES), 5350),
+        "statements": (sum(isinstance(node, ast.stmt) for node in nodes), 3785),
         "functions": (sum(isinstance(node, ast.FunctionDef) for node in nodes), 329),
-        "lines of tests": (lines(*ROOT.glob("tests/*.py")), 6590),
+        "lines of tests": (lines(*ROOT.glob("tests/*.py")), 6565),
     }
     assert {name: size for name, size in ceilings.items() if size[0] > size[1]} == {}
 

@@ -45,9 +45,7 @@ def files(folder):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A copy of what git has of the project, as far as notebooks may need it, without a network;
-    nothing in it changes.
-    """
+    """A copy of what git has, without a network; nothing in it changes."""
     folder = tmp_path / "checkout"
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
     (folder / "data").mkdir()

@@ -1,6 +1,4 @@
-"""Several processes: the numbers of one, and no silence when one is lost. Forked children that
-exchange through gloo; where torchrun is the point, it is started.
-"""
+"""Several processes: the numbers of one, and no silence when one is lost."""
 
 import os
 import re

@@ -1,5 +1,4 @@
-"""Sampling against a plain NumPy version; cached, batched and streamed text against the simplest
-way to the same text."""
+"""Sampling against plain NumPy; cached, batched and streamed text against the simplest way."""
 
 import contextlib
 from types import SimpleNamespace

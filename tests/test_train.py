@@ -1,6 +1,4 @@
-"""The training loop: what it logs and saves, and that no way of ending it loses anything. Runs that
-are killed are forked children.
-"""
+"""The training loop: what it logs and saves, and that no way of ending it loses anything."""
 
 import json
 import math

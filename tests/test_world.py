@@ -71,9 +71,7 @@ def export(request, tmp_path_factory, gpt2_vocabulary):
 
 
 def compare(tool, export, logits, most, ids=None):
-    """Whether a tool continues the prompt with the same tokens: its own ids, or those that its
-    logits (T, V) for our text give. The logits differ by `most` at most.
-    """
+    """Whether a tool's ids, or those of its logits (T, V), continue as ours; logits within most."""
     apart, first = np.abs(logits - export.logits).max(), len(export.ids) - NEW
     new = logits[first - 1 :].argmax(-1) if ids is None else ids[first:]
     same = int(np.equal(new, export.ids[first:]).sum())
@@ -172,10 +170,8 @@ def test_numpy_alone(export):
 # ---------------------------------------------------------------- lm-evaluation-harness
 
 CHOICE = {"output_type": "multiple_choice", "doc_to_text": "{{ctx}}", "doc_to_target": "{{label}}"}
-CHOICE |= {
-    "doc_to_choice": "{{endings}}",
-    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-}
+CHOICE |= {"doc_to_choice": "{{endings}}"}
+CHOICE |= {"metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
 WORD = {"output_type": "loglikelihood", "doc_to_text": "{{text.rsplit(' ', 1)[0]}}"}
 WORD |= {"doc_to_target": "{{' ' + text.rsplit(' ', 1)[1]}}"}
 WORD |= {"metric_list": [{"metric": "acc"}, {"metric": "perplexity"}]}
