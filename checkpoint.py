@@ -73,7 +73,7 @@ class State(BaseModel):
     best_val_loss: FiniteFloat | None
     model: dict[str, Tensor]  # the weights, in float32 or in the type they were imported with
     optimizer: dict[str, dict[str, Tensor]]  # the state of each weight, by its name
-    scaler: TypedDict("Scaler", SCALER, total=False, closed=True)  # {} but with float16
+    scaler: TypedDict("Scaler", SCALER, total=False, closed=True)  # {} unless float16
     rng: dict[Literal["torch"], Tensor]
     config: dict[str, JsonValue]
     tokenizer: dict[str, JsonValue]  # {} without one
@@ -103,10 +103,10 @@ def load(path, check=None) -> dict:
             state = read_archive(file, os.fstat(file.fileno()).st_size)
         (check or check_state)(state)
     except Exception as error:
-        is_said = isinstance(error, (ValueError, RuntimeError, OSError))  # not by zipfile, KeyError
-        line = is_said and (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
-        line = (line or "cut short, damaged or no checkpoint").removeprefix("--")[:200]
-        raise CheckpointError(f"{path}: not usable, {line}") from error
+        line = (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
+        if not (line and isinstance(error, (ValueError, RuntimeError, OSError))):  # KeyError: 'x'
+            line = "cut short, damaged or no checkpoint"
+        raise CheckpointError(f"{path}: not usable, {line.removeprefix('--')[:200]}") from error
     return state
 
 
@@ -170,7 +170,7 @@ def latest(folder, rename: bool = True) -> tuple[Path, dict] | None:
             damaged[path] = str(error)
         else:
             for bad, problem in damaged.items():
-                warn(f"passed over{' and kept as *.damaged' * rename}: {problem}")
+                warn(f"passed over{' and kept as *.damaged' if rename else ''}: {problem}")
                 if rename:
                     os.replace(bad, files.free_name(f"{bad}.damaged"))
             return path, state
@@ -283,7 +283,7 @@ def describe_model(model, tokenizer) -> str:
 
 
 def log_next_generate(checkpoint=None, device=None, dtype=None):
-    """Log the command that tries the model which load_model returns for these arguments."""
+    """Log the generate.py command for the model that load_model finds by these arguments."""
     flags = {"--checkpoint": checkpoint, "--device": device, "--dtype": dtype}
     words = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
     log_row("next", command_for("generate.py", *words, "--interactive"), fold=False)

@@ -76,7 +76,7 @@ class GPT2Config:
     preset: str = "auto"  # sets what you did not: auto (fits device and data), none or a name
 
     def conflicts(self):
-        """Conflicts between valid values, a line each; its --flags say which fields it is about."""
+        """A line per conflict between valid values; the --flags before its "; " are at fault."""
         if self.preset not in (names := ("auto", "none", *GPT2_CONFIGS)):
             yield f"--preset {self.preset}: must be one of {', '.join(names)}"
         if self.dtype == "float64" and str(self.device).startswith("mps"):

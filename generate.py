@@ -119,7 +119,7 @@ def write_texts(path, texts) -> list[str]:
         for text in map("".join, texts):
             file.write(f"{SEPARATOR if written else ''}{text}\n".encode(errors="replace"))
             written.append(text)
-    log_row("wrote", f"{len(written)} text{'s' * (len(written) != 1)} to {path}", "green")
+    log_row("wrote", f"{len(written)} text{'' if len(written) == 1 else 's'} to {path}", "green")
     return written
 
 
@@ -171,7 +171,7 @@ def command(line: str, sampling: Sampling):
     word, name, text = [*line.strip().split(maxsplit=2), "", ""][:3]
     notes = describe_fields(Sampling)
     if word == "/set" and name in notes:
-        vars(sampling).update(vars(validate(replace(sampling, **{name: text}))))
+        setattr(sampling, name, getattr(validate(replace(sampling, **{name: text})), name))
         log_row("sampling", describe(sampling))
     elif word == "/help":
         rows = [f"{name:<15} {getattr(sampling, name)!r:<6} {notes[name][1]}" for name in notes]

@@ -57,7 +57,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_place():
+def check_torchrun_variables():
     """ValueError if torchrun's variables are set, but not by torchrun; unsets them."""
     names = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
     if names and "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -174,7 +174,7 @@ def run(main, argv=None) -> int:
         with contextlib.suppress(AttributeError):  # a name of any encoding can be shown
             stream.reconfigure(errors="backslashreplace")
     try:
-        check_place()
+        check_torchrun_variables()
         return main(argv) or 0
     except KeyboardInterrupt:
         if stderr.is_terminal:
@@ -184,8 +184,8 @@ def run(main, argv=None) -> int:
         stdout.on_broken_pipe()
         return 0
     except Exception as error:
-        other = 4 if isinstance(error, OSError) else None
-        code = getattr(error, "exit_code", 2 if isinstance(error, INPUT_ERRORS) else other)
+        usual = 2 if isinstance(error, INPUT_ERRORS) else 4 if isinstance(error, OSError) else None
+        code = getattr(error, "exit_code", usual)
         if code is None:
             raise
         if "--debug" in (sys.argv if argv is None else argv):
@@ -210,7 +210,7 @@ def _show_error(error, code):
 
 # ---------------------------------------------------------------- the log of a run
 
-TAGS = {"loss": "loss/train", "val_loss": "loss/val"}  # of records; the others are their own
+TAGS = {"loss": "loss/train", "val_loss": "loss/val"}  # by record key; else the key itself
 OWNER = ".checkpoint_dir"  # in a run's folder: whose run it is
 
 
@@ -247,7 +247,7 @@ def open_run(log_dir, checkpoint_dir, name: str | None, step: int, run_name: str
                 records.append(files.check_json(line, Record, f"{path}, line {number}"))
         except (OSError, ValueError) as error:
             if folder == before:
-                os.replace(path, aside := files.free_name(f"{path}.damaged"))
+                aside = path.replace(files.free_name(f"{path}.damaged"))
                 warn(f"{error}; the file is kept as {aside}")
         yield folder.name, [record for record in records if record["step"] <= step]
 
@@ -266,16 +266,16 @@ class RunLog:
         self.task = self.bar.add_task("timing the first steps", total=total, completed=step)
 
     def start(self, config: dict):
-        """Write what there is, on rank 0, and start the clock. config.json is a valid --config."""
+        """On rank 0, write config.json (a valid --config) and earlier records; start the clock."""
         if rank() == 0:
-            is_copy, text = not any(self.folder.glob("events*")), json.dumps(config, indent=2)
+            is_new, text = not any(self.folder.glob("events*")), json.dumps(config, indent=2)
             files.write_file(self.folder / "config.json", text)
             files.write_file(self.metrics, "".join(json.dumps(r) + "\n" for r in self.records))
             self._event(0, file_version="brain.Event:2")
             # what TensorBoard has of later steps is from a run that was killed
             self._event(self.first_step + 1, session_log={"status": "START"})
             self._plot({"step": self.first_step}, config=text)
-            for record in self.records if is_copy else ():
+            for record in self.records if is_new else ():
                 self._plot(record)
         self.bar.start()
         self.started = time.perf_counter() - (self.records[-1]["seconds"] if self.records else 0)
@@ -311,7 +311,7 @@ class RunLog:
         """Log a step; `seconds` is summed over resumes, numbers that are not finite become None."""
         record["seconds"] = time.perf_counter() - self.started
         self._show(record)
-        record |= {name: None for name, v in record.items() if v and not math.isfinite(v)}
+        record |= {n: None for n, v in record.items() if v is not None and not math.isfinite(v)}
         self.records.append(record)
         if rank() == 0:
             with files.writing(self.metrics), files.open_to_append(self.metrics) as file:

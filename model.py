@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import GPT2Config
 
-MAX_SCORES = 2**23  # most that plain attention stores for backward, 6 bytes each
+MAX_SCORES = 2**23  # most for which plain attention is used: backward keeps 6 bytes of each
 
 
 class CausalSelfAttention(nn.Module):
@@ -59,7 +59,7 @@ def plain_attention(q, k, v, mask=None, dropout=0.0):
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, -math.inf)
-    scores = torch.add(mask, q @ k.mT, alpha=1 / math.sqrt(D))  # (B, H, T, S)
+    scores = torch.add(mask, q @ k.mT, alpha=1 / math.sqrt(D))  # mask + QK'/sqrt(D), (B, H, T, S)
     weights = F.softmax(scores, dim=-1).to(q.dtype)
     return F.dropout(weights, dropout) @ v
 
@@ -148,7 +148,7 @@ class GPT2(nn.Module):
         parts["ln_f"] = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2017)
-        residual_std = 0.02 / math.sqrt(2 * config.n_layer)  # of the projections onto the residual
+        residual_std = 0.02 / math.sqrt(2 * config.n_layer)  # for c_proj
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -165,7 +165,7 @@ class GPT2(nn.Module):
         x = self.hidden(idx, cache)
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, C)
-        if torch.compiler.is_compiling() and x.is_cuda:  # pads for tensor cores while casting
+        if torch.compiler.is_compiling() and x.is_cuda:  # V to a multiple of 64, for tensor cores
             V = self.config.vocab_size
             logits = F.linear(x, F.pad(self.lm_head.weight, (0, 0, 0, -V % 64)))[..., :V]
         else:
@@ -254,8 +254,8 @@ class KVCache:
         self.common_length = lengths[0] if len(set(lengths)) == 1 else None
 
     def advance(self, T: int):
-        """Reserve T more positions per row, before the layers' updates: these (B or 1, T), how many
-        keys there are, and whether a mask is needed: not at first, nor for one token in equal rows.
+        """Reserve T positions a row, once before the layers' updates. Returns them (B or 1, T), the
+        number of keys, and whether to mask: not an empty cache, nor one token in equal rows.
         """
         start, capacity = self.common_length, self.kv.shape[4]
         first = self.lengths[:, None] if start is None else start  # (B, 1), or a number

@@ -24,12 +24,12 @@ def learning_rate(step: int, config: GPT2Config) -> float:
 
 
 def parameter_groups(model, config: GPT2Config) -> list[dict]:
-    """Every parameter in one group; weight decay on matrices only. Muon's are the blocks'."""
-    matrices, vectors, muon = [], [], []
+    """Matrices, vectors (not decayed) and, with Muon, the blocks' matrices as a third group."""
+    matrices, vectors, muon, decay = [], [], [], config.weight_decay
     for name, p in model.named_parameters():
         is_muon = config.optimizer == "muon" and ".h." in name
-        (vectors if p.ndim < 2 else muon if is_muon else matrices).append(p)
-    decay = config.weight_decay
+        group = vectors if p.ndim < 2 else muon if is_muon else matrices
+        group.append(p)
     groups = (matrices, decay, False), (vectors, 0.0, False), (muon, decay, True)
     return [{"params": p, "weight_decay": d, "muon": m} for p, d, m in groups if p]
 

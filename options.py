@@ -36,9 +36,9 @@ FolderName = Annotated[str, Field(pattern=r"^\w[\w.\-]{0,127}$")]  # no path
 
 
 def validate(options, found=()):
-    """options, its fields coerced in place; ValueError with a line per problem, and those found."""
-    if found := [*found, *problems(options)]:
-        raise ValueError("\n".join(found))
+    """Return options, its fields coerced in place; ValueError lists `found` and each problem."""
+    if lines := [*found, *problems(options)]:
+        raise ValueError("\n".join(lines))
     return options
 
 
@@ -46,7 +46,7 @@ def problems(options) -> list[str]:
     """Coerce the fields in place; a line for each value that does not fit and each conflict."""
     cls, values, wrong = type(options), {}, {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
-        value = str(v) if isinstance(v := getattr(options, name), bool) else v  # true is not 1
+        value = str(v) if isinstance(v := getattr(options, name), bool) else v  # int takes True
         if type(None) in get_args(hint) and str(value).lower() == "none":
             value = None
         try:
@@ -93,7 +93,7 @@ def parse(argv, doc, *classes, usage=None) -> tuple[list, set[str], list[str]]:
     texts, found = vars(known), []
     for flag in [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown[:1]:
         near = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
-        found.append(f"unknown argument {flag}; try {(near or [f'{parser.prog} --help'])[0]}")
+        found.append(f"unknown argument {flag}; try {near[0] if near else f'{parser.prog} --help'}")
     instances = [
         cls(**{field.name: texts[field.name] for field in fields(cls) if field.name in texts})
         for cls in classes

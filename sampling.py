@@ -71,7 +71,7 @@ def inverse_cdf(p, uniform):
 
 
 def uniform_numbers(seed, samples, device):
-    """Yield without end a number in [0, 1) per row (B,), the same in any batch, on any device."""
+    """Endlessly yield numbers in [0, 1), (B,); a row's depend on seed and sample number alone."""
     generators = [torch.Generator().manual_seed(derived_seed(seed, n)) for n in samples]
     while True:
         block = torch.stack([torch.rand(256, generator=g) for g in generators], dim=1)  # (256, B)
@@ -90,21 +90,21 @@ def generate_ids(model, prompts, sampling, samples=None, use_cache=True):
     limit, device = context_limit(model.config), next(model.parameters()).device
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for each new length
     uniform = uniform_numbers(sampling.seed, samples or [0] * len(tokens), device)
-    starts, new, cache, decode = [None] * len(tokens), None, None, None
+    starts = [None] * len(tokens)
+    new = decode = None
     longest = max(map(len, tokens)) + sampling.max_new_tokens - 1
-    if use_cache:
-        cache = new_cache(model, len(tokens), min(longest, limit or longest))
+    cache = new_cache(model, len(tokens), min(longest, limit or longest)) if use_cache else None
     for step in range(sampling.max_new_tokens):
         old_starts, starts = starts, [context_start(len(ids), limit) for ids in tokens]
-        # rows to prefill: all at first, then those whose context restarts at block_size
+        # prefill all rows at first, then those whose context restarts at block_size
         changed = [row for row, start in enumerate(starts) if start != old_starts[row]]
-        restarted = changed if use_cache else range(len(tokens))
-        windows = [tokens[row][starts[row] :] for row in restarted]
-        if len(restarted) == len(tokens):
+        rows = changed if use_cache else range(len(tokens))
+        windows = [tokens[row][starts[row] :] for row in rows]
+        if len(rows) == len(tokens):
             logits = prefill(model, windows, cache)  # (B, V)
         else:
-            if restarted:
-                refill(model, windows, cache, restarted)
+            if rows:
+                refill(model, windows, cache, rows)
             decode = decode or make_decoder(model, new[:, None], cache)
             logits = decode(new[:, None])[:, -1]  # (B, V)
         if step == 0 and not logits.isfinite().all():
@@ -201,7 +201,7 @@ class TextStream:
 
 
 def prompt_ids(tokenizer, prompt) -> list[int]:
-    """The ids; for an empty prompt end of text, or the first character (as a rule the newline)."""
+    """The prompt's ids; for an empty one end of text, or without that token id 0, often newline."""
     return tokenizer.encode(prompt) if prompt else [tokenizer.eot_id or 0]
 
 
@@ -219,8 +219,8 @@ def stream_text(model, tokenizer, prompts, sampling, samples, times):
 
 
 def generate_texts(model, tokenizer, prompts, sampling, batch_size=16, times=None):
-    """Yield the pieces of each text, num_samples for each prompt, at once if alone in its batch;
-    times gets a time per token. ValueError first, with a line for each prompt without ids.
+    """Yield each text, num_samples a prompt, as an iterable of pieces; one alone in its batch is
+    streamed. A time per token goes to times. ValueError up front, a line per unencodable prompt.
     """
     found, longest, limit = [], 0, context_limit(model.config)
     for place, prompt in enumerate(prompts, 1):
@@ -230,9 +230,9 @@ def generate_texts(model, tokenizer, prompts, sampling, batch_size=16, times=Non
             found.append(f"prompt {place}: {error}")
     if found:
         raise ValueError("\n".join(found))
-    seen = longest - context_start(longest, limit)
-    if seen < longest:
-        warn(f"a prompt of {longest} tokens is cropped to its last {seen} (block_size {limit})")
+    if cut := context_start(longest, limit):
+        kept = f"its last {longest - cut} (block_size {limit})"
+        warn(f"a prompt of {longest} tokens is cropped to {kept}")
     times = [] if times is None else times
     work = [(prompt, number) for prompt in prompts for number in range(sampling.num_samples)]
     for start in range(0, len(work), batch_size):

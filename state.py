@@ -125,12 +125,12 @@ def save_state(state: TrainState, config: GPT2Config, dataset, names):
     for name in names:
         checkpoint.save(folder / name.format(state.step), contents)
     numbered = folder.glob(checkpoint.NUMBERED.format("*"))
-    by_step = sorted(numbered, key=lambda path: (len(path.name), path.name))
-    for path in by_step[: -config.keep_checkpoints or None]:
+    newest_first = sorted(numbered, key=lambda path: (len(path.name), path.name), reverse=True)
+    for path in newest_first[config.keep_checkpoints :]:
         path.unlink(missing_ok=True)
 
 
-def find_checkpoint(config: GPT2Config, dataset, insist: bool, rename=True) -> dict | None:
+def find_checkpoint(config: GPT2Config, dataset, required: bool, rename=True) -> dict | None:
     """What checkpoint.latest finds, or None; ranks above 0 get no tensors. ValueError, with a line
     for each difference, if it belongs to another run.
     """
@@ -157,7 +157,7 @@ def find_checkpoint(config: GPT2Config, dataset, insist: bool, rename=True) -> d
         return saved | {"model": {}, "optimizer": bool(saved["optimizer"])}
 
     outline = broadcast_from_rank0(read)
-    if insist and outline is None:
+    if required and outline is None:
         folder = config.checkpoint_dir
         raise checkpoint.CheckpointError(f"--resume: no checkpoint in {folder}; leave the flag out")
     return saved or outline

@@ -16,7 +16,7 @@ Every field of GPT2Config is a flag. From Python: `from train import train; trai
 import os
 
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:  # before torch is loaded
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # waiting threads soon let other programs run
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle OpenMP threads sleep sooner
 
 import contextlib
 import math
@@ -38,7 +38,7 @@ import utils
 from config import GPT2_CONFIGS, MODEL_FIELDS, GPT2Config
 from data import BatchSampler, TokenDataset, validation_starts, windows_at
 from files import lock, read_json
-from logger import from_here, log_row, perplexity, rank, run, world_size
+from logger import from_here, log_row, open_run, perplexity, rank, run, world_size
 from optim import full_tensor, learning_rate
 from options import FolderName, integer, named, parse, problems, validate
 from parallel import StopSignals, all_reduce_sum, broadcast_from_rank0, gradient_sync, process_group
@@ -77,7 +77,9 @@ def train(
     if initial is not None:
         check_vocabulary(initial, dataset)
     with contextlib.ExitStack() as stack:
-        may_differ = config.compile or device.type == "cuda"  # eager CPU kernels do not
+        may_differ = (
+            config.compile or device.type == "cuda"
+        )  # eager CPU kernels are deterministic anyway
         stack.enter_context(deterministic(config.deterministic and may_differ))
         alike = asdict(replace(config, device=None)) | {"data set": dataset.hash}
         group = stack.enter_context(process_group(device, config.peer_timeout, alike))
@@ -91,8 +93,8 @@ def train(
         # a batch is a function of (seed, step, micro-step): no loader's state to restore
         B, T = config.batch_size, config.block_size
         micro_batches = config.gradient_accumulation_steps
-        others = config.seed, rank(), world_size(), config.vocab_size
-        sampler = BatchSampler(dataset.train, T, B, micro_batches, *others)
+        seed, vocab_size, place = config.seed, config.vocab_size, (rank(), world_size())
+        sampler = BatchSampler(dataset.train, T, B, micro_batches, seed, *place, vocab_size)
         state = build_state(config, device, saved, initial)
         for loaded in filter(None, (saved, initial)):
             loaded.clear()  # frees the tensors
@@ -100,8 +102,7 @@ def train(
         if eval_only:
             val_loss = estimate_loss(state.forward, dataset.val, config, device)
             return {"step": state.step, "val_loss": val_loss}
-        where = config.log_dir, config.checkpoint_dir
-        opening = logger.open_run(*where, state.run, state.step, run_name)
+        opening = open_run(config.log_dir, config.checkpoint_dir, state.run, state.step, run_name)
         state.run, records = broadcast_from_rank0(lambda: stack.enter_context(opening))
         if fresh:
             broadcast_from_rank0(lambda: checkpoint.set_aside(config.checkpoint_dir))
@@ -155,7 +156,7 @@ def train(
             if evaluate or state.step % config.log_interval == 0:
                 state.found_inf.raise_if_stuck(state.step)  # waits for the device
                 speed = (state.step - since_step) * tokens / (time.perf_counter() - since)
-                mfu = peak and speed * model.flops_per_token() / (world_size() * peak)
+                mfu = speed * model.flops_per_token() / (world_size() * peak) if peak else None
                 record = {"step": state.step, "loss": loss.item(), "lr": lr}
                 record |= {"grad_norm": grad_norm.item(), "tokens_per_second": speed, "mfu": mfu}
                 if evaluate:
@@ -189,7 +190,7 @@ def train(
 @torch.no_grad()
 def estimate_loss(model, tokens, config, device) -> float:
     """Mean loss in nats a token over fixed windows that cover a split evenly. Ranks share the
-    batches; the windows of each are the same for any number of ranks.
+    batches, whose windows do not depend on the number of ranks.
     """
     B, T = config.batch_size, config.block_size
     starts = validation_starts(tokens, T, config.eval_iters * B)
@@ -224,7 +225,7 @@ def resolve(config) -> tuple[GPT2Config, GPT2Config, TokenDataset, torch.device]
     fields filled in; the data set; the device. ValueError for conflicts.
     """
     validate(config)
-    logger.check_place()
+    logger.check_torchrun_variables()
     micro_batches, processes = config.gradient_accumulation_steps, world_size()
     if missing := -micro_batches % processes:
         remedy = f"not divisible by {processes} processes; take {micro_batches + missing}"
@@ -388,10 +389,10 @@ def with_preset(config, chosen, dataset, initial=None) -> GPT2Config:
     keep = chosen if initial is None else chosen | set(MODEL_FIELDS)
     values = GPT2_CONFIGS.get(config.preset, {})  # none is {}
     if config.preset == "auto":
-        keep = chosen  # auto fits an initial model's block_size to the text, and no more of it
+        keep = chosen  # its one model field for initial weights: a block_size that fits the text
         device_type = pick_device(config.device).type
         sizes = len(dataset.train), len(dataset.val), dataset.vocab_size
-        trained = initial and config.block_size
+        trained = None if initial is None else config.block_size
         name, values = settings.auto_preset(device_type, *sizes, world_size(), trained)
         log_row("preset", f"{name}, for {device_type} and {sizes[0]:,} tokens (--preset overrides)")
     return settings.apply_preset(config, values, keep)
