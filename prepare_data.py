@@ -70,11 +70,12 @@ class Options:
     def conflicts(self):
         dataset, kind = self.dataset, self.tokenizer
         known = kind in KINDS or Path(kind).is_file()
+        has_parts = sources.HUB_DATASETS.get(dataset, (None,))[-1]
         others = self.input or self.data_dir != self.adopt or dataset != "shakespeare"
         wrong = {
             "--adopt DIR takes the data set in DIR, and no other flags": self.adopt and others,
             "--input FILE goes with --dataset custom": (dataset == "custom") != bool(self.input),
-            f"--name {self.name}: not for {dataset}": self.name and dataset != "fineweb",
+            f"--name {self.name}: not for {dataset}": self.name and not has_parts,
             f"--tokenizer {kind}: neither {', '.join(KINDS)} nor a file": not known,
             f"--vocab_size {self.vocab_size}: only for bpe": self.vocab_size and kind != "bpe",
         }

@@ -49,8 +49,8 @@ SYMBOL_OF = dict(zip(BYTES, SYMBOLS, strict=True))
 
 
 class Tokenizer:
-    """A kind has `kind`, `vocab_size`, `_bytes` (by id), `encode_to_numpy`, `to_dict`: "format",
-    "kind" and the constructor's arguments, and `train` if it learns from the text.
+    """A kind has `kind`, `vocab_size`, `_bytes` (by id), `encode_to_numpy`, `to_dict` ("format",
+    "kind", the constructor's arguments), `safe_cut` unless any cut will do, `train` if it learns.
     """
 
     eot = eot_id = None  # what ends a document
@@ -240,7 +240,7 @@ def load_tokenizer(source, vocab_size: int | None = None) -> Tokenizer:
     try:
         fields = check_json(content, Fields)
         del fields["format"]
-        if not fields.keys() & {"characters", "tokens"}:  # gpt2's would be downloaded
+        if not fields.keys() - {"kind", "special", "eot"}:  # gpt2's would be downloaded
             raise ValueError("it has no tokens")
         made = KINDS[fields.pop("kind")](**fields)
         if vocab_size not in (None, made.vocab_size):
